@@ -1,0 +1,159 @@
+"""Section 3 of the paper: input gradient regularization.
+
+The training objective is eq. (8), written as a mean over images,
+
+    mean_i  l(x_i; w)  +  lam/2  mean_i  ||grad_x l(x_i; w)||_*^2                       # eq. (8)
+
+where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.
+
+One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2, in
+which the loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks: divided by sqrt(n), see
+`direction`), and because d maximises <g, .>, the derivative of <g, d> with respect to the weights does not see d move
+(the envelope theorem).  So d may be detached from the graph, without approximation, and what is left to compute is a
+directional derivative of the loss:
+
+    fd_penalty      (l(x + h d) - l(x)) / h     finite difference: eq. (9), Algorithm 1; error at most omega(h) / h
+    exact_penalty   <g, d>                      double backpropagation (Drucker & LeCun 1991): the slow exact twin
+    jvp_penalty     d/dt l(x + t d) at t = 0    forward mode, then one ordinary backward: the other exact twin
+
+All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,), and none of them knows what a network is.
+
+Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the batch's losses
+with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one image).  The second forward pass, at x + h d,
+uses its own batch statistics, and both passes update the running ones: twice a step for `fd` and `jvp`, three times for central
+differences, once for `exact`.  In evaluation mode the images are independent.
+
+Left out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+Norm = Literal["l2", "linf", "l1"]  # always the norm of the ATTACK; its dual is taken in `dual_norm` and nowhere else
+LossFn = Callable[[Tensor], Tensor]  # images (N, ...) -> one loss per image (N,)
+
+
+class Penalised(NamedTuple):
+    """What a penalty returns: `losses` (N,) and `penalties` (N,) carry the graph to the weights, `grad` (N, ...) is detached."""
+
+    losses: Tensor
+    penalties: Tensor
+    grad: Tensor
+
+    def objective(self, lam: float) -> Tensor:
+        """The scalar of eq. (8), mean(losses) + lam/2 * mean(penalties): the one place where means are taken."""
+        return self.losses.mean() + lam / 2 * self.penalties.mean()
+
+
+def check_norm(norm: str) -> None:
+    """Raise ValueError unless `norm` names an attack norm."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))} (the norm of the attack), not {norm!r}")
+
+
+def input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and grad (N, ...), both detached: row i of grad is the gradient of the loss of image i.
+
+    It is the gradient of the SUM over the batch (with a mean every row would be off by the factor N).  One forward pass and one backward
+    pass to the input alone; gradients of the weights are neither computed nor touched.
+    Raises ValueError when loss_fn does not return one loss per image.
+    """
+    losses, grad = _losses_and_gradient(loss_fn, x)
+    return losses.detach(), grad
+
+
+def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
+    """||grad_i||_* (N,), the norm dual to the attack's: l2 -> l2, linf -> l1, l1 -> linf.  Units: loss per unit of pixel distance."""
+    check_norm(norm)
+    order = {"l2": 2, "linf": 1, "l1": math.inf}[norm]
+    return torch.linalg.vector_norm(grad.flatten(1), order, dim=1)
+
+
+def direction(grad: Tensor, norm: Norm) -> Tensor:
+    """The direction d of Prop. 3.2, like grad and of l2-norm at most 1; exactly 0 where grad is 0.
+
+    l2:    g / ||g||_2            <g, d> = ||g||_2
+    linf:  sign(g) / sqrt(n)      <g, d> = ||g||_1 / sqrt(n), n = values per image: Section 3.1's l1 penalty carries a factor 1/n
+    l1:    sign(g_j) e_j at the largest |g_j|                     <g, d> = ||g||_inf   (the authors' code; not in the paper)
+    """
+    check_norm(norm)
+    flat = grad.flatten(1)
+    if norm == "linf":
+        d = flat.sign() / math.sqrt(flat.shape[1])
+    elif norm == "l1":
+        largest = flat.abs().argmax(dim=1, keepdim=True)
+        d = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
+    else:
+        scale = flat.abs().amax(dim=1, keepdim=True)  # divide by it first: squares of tiny gradients underflow
+        flat = torch.where(scale > 0, flat / scale, 0.0)
+        d = torch.nn.functional.normalize(flat, dim=1)
+    return d.view_as(grad)
+
+
+def fd_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, central: bool = False, squared: bool = True) -> Penalised:
+    """Algorithm 1: the penalty by finite differences, within omega(h)/h of the exact slope, without double backpropagation.
+
+    penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2, eq. (9); with central=True (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) is squared, whose error is
+    O(h^2) for a smooth loss, at the price of a third forward pass.  squared=False gives the absolute slope itself, the penalty
+    l + delta ||g||_* of Section 3 with delta = lam/2.  h is in units of x, pixels in [0, 1] as a rule (the paper: 0.01).
+
+    The difference cancels digits: keep h above about 1e-3 in float32, and TF32 or bfloat16 out of the loss unless h is 0.1 or more.
+    Cost of a step, in units of one forward pass: 7 (plain training: 3).  Raises ValueError unless h > 0.
+    """
+    if not (math.isfinite(h) and h > 0):
+        raise ValueError(f"h must be a positive finite number, not {h}")
+    losses, grad = _losses_and_gradient(loss_fn, x, retain_graph=True)
+    step = h * direction(grad, norm)  # built from a detached gradient: line "detach d" of Algorithm 1
+    ahead = _per_image(loss_fn(x.detach() + step), x)
+    slopes = (ahead - _per_image(loss_fn(x.detach() - step), x)) / (2 * h) if central else (ahead - losses) / h
+    return Penalised(losses, _power(slopes, squared), grad)
+
+
+def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
+    """The exact penalty <g, d>^2 = ||g||_*^2 (linf: ||g||_1^2 / n) by double backpropagation, the baseline "DBP" of Tables 1 and 2.
+
+    loss_fn must be twice differentiable by autograd.  A ReLU network is, with curvature 0 almost everywhere, and that is its weakness:
+    see the paper's tables.  Cost of a step, in units of one forward pass: 6, but by a graph that is kept alive and walked twice.
+    """
+    losses, grad = _losses_and_gradient(loss_fn, x, create_graph=True)
+    d = direction(grad.detach(), norm)  # detached by the envelope theorem: exact, and safe where g = 0
+    return Penalised(losses, _power((grad * d).flatten(1).sum(1), squared), grad.detach())
+
+
+def jvp_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
+    """The exact penalty again, `exact_penalty` to rounding: the slope along d by forward-mode differentiation, then one ordinary backward.
+
+    The limit h -> 0 of `fd_penalty` without its cancellation: the same two passes, the second carrying a tangent.
+    Every operation of loss_fn must have a forward-mode derivative (torch raises NotImplementedError naming the one that has none).
+    """
+    _, grad = _losses_and_gradient(loss_fn, x)
+    d = direction(grad, norm)
+    with forward_ad.dual_level():
+        losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
+    if slopes is None:  # loss_fn does not depend on x
+        slopes = torch.zeros_like(losses)
+    return Penalised(losses, _power(slopes, squared), grad)
+
+
+def _losses_and_gradient(loss_fn: LossFn, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    """Losses (N,) with their graph where it was asked for, and the gradient of their sum with respect to x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        losses = _per_image(loss_fn(x), x)
+        (grad,) = torch.autograd.grad(losses.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph)
+    return losses, grad
+
+
+def _per_image(losses: Tensor, x: Tensor) -> Tensor:
+    if losses.shape != (len(x),):
+        raise ValueError(f"loss_fn must return one loss per image, shape ({len(x)},), not {tuple(losses.shape)}: use reduction='none'")
+    return losses
+
+
+def _power(slopes: Tensor, squared: bool) -> Tensor:
+    return slopes.square() if squared else slopes.abs()
