@@ -2,26 +2,28 @@
 
 The training objective is eq. (8), written as a mean over images,
 
-    mean_i  l(x_i; w)  +  lam/2  mean_i  ||grad_x l(x_i; w)||_*^2                       # eq. (8)
+    mean_i  l(x_i; w)  +  lam/2  mean_i  ||grad_x l(x_i; w)||_*^2                   # eq. (8)
 
 where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.
 
-One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2, in
-which the loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks: divided by sqrt(n), see
-`direction`), and because d maximises <g, .>, the derivative of <g, d> with respect to the weights does not see d move
-(the envelope theorem).  So d may be detached from the graph, without approximation, and what is left to compute is a
-directional derivative of the loss:
+One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2,
+in which the loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks divided by sqrt(n),
+see `direction`), and because d maximises <g, .>, the derivative of <g, d> with respect to the weights does
+not see d move (the envelope theorem).  So d may be detached from the graph without approximation, and what
+is left to compute is a directional derivative of the loss:
 
-    fd_penalty      (l(x + h d) - l(x)) / h     finite difference: eq. (9), Algorithm 1; error at most omega(h) / h
-    exact_penalty   <g, d>                      double backpropagation (Drucker & LeCun 1991): the slow exact twin
-    jvp_penalty     d/dt l(x + t d) at t = 0    forward mode, then one ordinary backward: the other exact twin
+    fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
+    exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
+    jvp_penalty    d/dt l(x + t d) at t = 0     forward mode, then one ordinary backward: the other twin
 
-All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,), and none of them knows what a network is.
+All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,); none of them knows what a
+network is.
 
-Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the batch's losses
-with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one image).  The second forward pass, at x + h d,
-uses its own batch statistics, and both passes update the running ones: twice a step for `fd` and `jvp`, three times for central
-differences, once for `exact`.  In evaluation mode the images are independent.
+Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum*
+of the batch's losses with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one
+image).  The second forward pass, at x + h d, uses its own batch statistics, and every pass updates the
+running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.  In
+evaluation mode the images are independent.
 
 Left out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
 """
@@ -34,41 +36,52 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-Norm = Literal["l2", "linf", "l1"]  # always the norm of the ATTACK; its dual is taken in `dual_norm` and nowhere else
-LossFn = Callable[[Tensor], Tensor]  # images (N, ...) -> one loss per image (N,)
+# `norm` always names the norm of the ATTACK; its dual is taken in `dual_norm` and nowhere else.
+Norm = Literal["l2", "linf", "l1"]
+
+# Images (N, ...) -> one loss per image (N,).
+LossFn = Callable[[Tensor], Tensor]
 
 
 class Penalised(NamedTuple):
-    """What a penalty returns: `losses` (N,) and `penalties` (N,) carry the graph to the weights, `grad` (N, ...) is detached."""
+    """Losses (N,) and penalties (N,), both with their graph to the weights; input gradient, detached."""
 
     losses: Tensor
     penalties: Tensor
     grad: Tensor
 
     def objective(self, lam: float) -> Tensor:
-        """The scalar of eq. (8), mean(losses) + lam/2 * mean(penalties): the one place where means are taken."""
+        """The scalar of eq. (8), mean(losses) + lam/2 * mean(penalties): means are taken here, once."""
         return self.losses.mean() + lam / 2 * self.penalties.mean()
 
 
 def check_norm(norm: str) -> None:
     """Raise ValueError unless `norm` names an attack norm."""
     if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))} (the norm of the attack), not {norm!r}")
+        raise ValueError(
+            f"norm must be one of {', '.join(get_args(Norm))} (the norm of the attack), not {norm!r}"
+        )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each image (N,), in nats, from logits (N, classes): differentiable in every mode."""
+    shifted = logits - logits.detach().amax(dim=1, keepdim=True)
+    return shifted.exp().sum(dim=1).log() - shifted.gather(1, labels[:, None])[:, 0]
 
 
 def input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (N,) and grad (N, ...), both detached: row i of grad is the gradient of the loss of image i.
 
-    It is the gradient of the SUM over the batch (with a mean every row would be off by the factor N).  One forward pass and one backward
-    pass to the input alone; gradients of the weights are neither computed nor touched.
-    Raises ValueError when loss_fn does not return one loss per image.
+    It is the gradient of the SUM over the batch (with a mean every row would be off by the factor N).
+    One forward pass and one backward pass to the input alone; gradients of the weights are neither computed
+    nor touched.  Raises ValueError when loss_fn does not return one loss per image.
     """
     losses, grad = _losses_and_gradient(loss_fn, x)
     return losses.detach(), grad
 
 
 def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
-    """||grad_i||_* (N,), the norm dual to the attack's: l2 -> l2, linf -> l1, l1 -> linf.  Units: loss per unit of pixel distance."""
+    """||grad_i||_* (N,), dual to the attack's norm: l2 -> l2, linf -> l1, l1 -> linf.  Loss per unit of x."""
     check_norm(norm)
     order = {"l2": 2, "linf": 1, "l1": math.inf}[norm]
     return torch.linalg.vector_norm(grad.flatten(1), order, dim=1)
@@ -77,9 +90,9 @@ def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
 def direction(grad: Tensor, norm: Norm) -> Tensor:
     """The direction d of Prop. 3.2, like grad and of l2-norm at most 1; exactly 0 where grad is 0.
 
-    l2:    g / ||g||_2            <g, d> = ||g||_2
-    linf:  sign(g) / sqrt(n)      <g, d> = ||g||_1 / sqrt(n), n = values per image: Section 3.1's l1 penalty carries a factor 1/n
-    l1:    sign(g_j) e_j at the largest |g_j|                     <g, d> = ||g||_inf   (the authors' code; not in the paper)
+    l2    g / ||g||_2                              <g, d> = ||g||_2
+    linf  sign(g) / sqrt(n), n values per image    <g, d> = ||g||_1 / sqrt(n): the factor is Section 3.1's
+    l1    sign(g_j) e_j at the largest |g_j|       <g, d> = ||g||_inf: in the authors' code, not in the paper
     """
     check_norm(norm)
     flat = grad.flatten(1)
@@ -89,36 +102,45 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
         largest = flat.abs().argmax(dim=1, keepdim=True)
         d = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
     else:
-        scale = flat.abs().amax(dim=1, keepdim=True)  # divide by it first: squares of tiny gradients underflow
-        flat = torch.where(scale > 0, flat / scale, 0.0)
-        d = torch.nn.functional.normalize(flat, dim=1)
+        # Divide by the largest entry first: the squares of tiny gradients would underflow.
+        largest = flat.abs().amax(dim=1, keepdim=True)
+        d = torch.nn.functional.normalize(flat / largest.where(largest != 0, 1), dim=1)
     return d.view_as(grad)
 
 
-def fd_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, central: bool = False, squared: bool = True) -> Penalised:
-    """Algorithm 1: the penalty by finite differences, within omega(h)/h of the exact slope, without double backpropagation.
+def fd_penalty(
+    loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, central: bool = False, squared: bool = True
+) -> Penalised:
+    """Algorithm 1: the penalty without double backpropagation; slopes within omega(h)/h of the exact ones.
 
-    penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2, eq. (9); with central=True (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) is squared, whose error is
-    O(h^2) for a smooth loss, at the price of a third forward pass.  squared=False gives the absolute slope itself, the penalty
-    l + delta ||g||_* of Section 3 with delta = lam/2.  h is in units of x, pixels in [0, 1] as a rule (the paper: 0.01).
+    penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2                                        # eq. (9)
 
-    The difference cancels digits: keep h above about 1e-3 in float32, and TF32 or bfloat16 out of the loss unless h is 0.1 or more.
-    Cost of a step, in units of one forward pass: 7 (plain training: 3).  Raises ValueError unless h > 0.
+    central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is
+    smooth, for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3
+    with delta = lam/2.  h is in units of x, as a rule pixels in [0, 1] (the paper: 0.01).
+
+    The difference cancels digits: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless
+    h is 0.1 or more.  A training step costs 7 forward passes' worth (a plain step: 3).
+    Raises ValueError unless h is positive and finite.
     """
     if not (math.isfinite(h) and h > 0):
         raise ValueError(f"h must be a positive finite number, not {h}")
     losses, grad = _losses_and_gradient(loss_fn, x, retain_graph=True)
     step = h * direction(grad, norm)  # built from a detached gradient: line "detach d" of Algorithm 1
     ahead = _per_image(loss_fn(x.detach() + step), x)
-    slopes = (ahead - _per_image(loss_fn(x.detach() - step), x)) / (2 * h) if central else (ahead - losses) / h
+    if central:
+        behind = _per_image(loss_fn(x.detach() - step), x)
+        slopes = (ahead - behind) / (2 * h)
+    else:
+        slopes = (ahead - losses) / h
     return Penalised(losses, _power(slopes, squared), grad)
 
 
 def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
-    """The exact penalty <g, d>^2 = ||g||_*^2 (linf: ||g||_1^2 / n) by double backpropagation, the baseline "DBP" of Tables 1 and 2.
+    """The exact penalty ||g||_*^2 (linf: ||g||_1^2 / n) by double backpropagation, "DBP" in Tables 1 and 2.
 
-    loss_fn must be twice differentiable by autograd.  A ReLU network is, with curvature 0 almost everywhere, and that is its weakness:
-    see the paper's tables.  Cost of a step, in units of one forward pass: 6, but by a graph that is kept alive and walked twice.
+    loss_fn must be twice differentiable by autograd.  A training step costs 6 forward passes' worth, but
+    through a graph that is kept alive and walked twice.  squared=False as in `fd_penalty`.
     """
     losses, grad = _losses_and_gradient(loss_fn, x, create_graph=True)
     d = direction(grad.detach(), norm)  # detached by the envelope theorem: exact, and safe where g = 0
@@ -126,32 +148,42 @@ def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = Tru
 
 
 def jvp_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
-    """The exact penalty again, `exact_penalty` to rounding: the slope along d by forward-mode differentiation, then one ordinary backward.
+    """`exact_penalty` to rounding: the slope along d by forward-mode differentiation, then one backward.
 
-    The limit h -> 0 of `fd_penalty` without its cancellation: the same two passes, the second carrying a tangent.
-    Every operation of loss_fn must have a forward-mode derivative (torch raises NotImplementedError naming the one that has none).
+    It is the limit h -> 0 of `fd_penalty` without the cancellation: the same two passes, the second one
+    carrying a tangent.  Every operation of loss_fn must have a forward-mode derivative (torch raises
+    NotImplementedError and names the one that has none), and torch's own softmax, log_softmax, logsumexp and
+    cross_entropy fail in the backward after it (pytorch issue 162350): use `cross_entropy` from here.
+    squared=False as in `fd_penalty`.
     """
     _, grad = _losses_and_gradient(loss_fn, x)
     d = direction(grad, norm)
-    with forward_ad.dual_level():
+    with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
     if slopes is None:  # loss_fn does not depend on x
         slopes = torch.zeros_like(losses)
     return Penalised(losses, _power(slopes, squared), grad)
 
 
-def _losses_and_gradient(loss_fn: LossFn, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-    """Losses (N,) with their graph where it was asked for, and the gradient of their sum with respect to x."""
+def _losses_and_gradient(
+    loss_fn: LossFn, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,), with their graph where it was asked for, and the gradient of their sum."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         losses = _per_image(loss_fn(x), x)
-        (grad,) = torch.autograd.grad(losses.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph)
+        (grad,) = torch.autograd.grad(
+            losses.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph
+        )
     return losses, grad
 
 
 def _per_image(losses: Tensor, x: Tensor) -> Tensor:
     if losses.shape != (len(x),):
-        raise ValueError(f"loss_fn must return one loss per image, shape ({len(x)},), not {tuple(losses.shape)}: use reduction='none'")
+        raise ValueError(
+            f"loss_fn must return one loss per image, shape ({len(x)},), not {tuple(losses.shape)};"
+            " with a torch loss, use reduction='none'"
+        )
     return losses
 
 
