@@ -58,9 +58,7 @@ class Penalised(NamedTuple):
 def check_norm(norm: str) -> None:
     """Raise ValueError unless `norm` names an attack norm."""
     if norm not in get_args(Norm):
-        raise ValueError(
-            f"norm must be one of {', '.join(get_args(Norm))} (the norm of the attack), not {norm!r}"
-        )
+        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))} (the norm of the attack), not {norm!r}")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

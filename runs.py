@@ -1,0 +1,327 @@
+"""What a long run needs and the paper does not mention: processes, files, checkpoints, signals, errors in one line.
+
+train.py and evaluate.py both stand on it; they never import each other and meet in the run directory, which
+README.md documents file by file and field by field.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import data
+import models
+
+HEARTBEAT = 2.0  # seconds between two updates of status.json
+
+
+# --- errors, in one line ----------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+def run_command(command: Callable[..., None]) -> int:
+    """Run a typer command and return its exit code: whatever a user can cause ends in one line, not in a traceback."""
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # torch's own
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    try:
+        return app(standalone_mode=False) or 0
+    except Exception as error:
+        message, code = explain(error)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for an error that a user can cause; any other is raised again."""
+    if isinstance(error, Failure):
+        return str(error), error.code
+    if isinstance(error, data.DataError):
+        return str(error), 2
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory on the device; try a smaller --batch-size", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror or error}", 1
+    if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
+        return "stopped", 130
+    if hasattr(error, "format_message"):
+        return error.format_message(), error.exit_code
+    raise error
+
+
+# --- processes --------------------------------------------------------------------------------------------
+
+
+class World:
+    """The processes of a run, one or those that torchrun started, and this process's device."""
+
+    def __init__(self, device: str | None = None):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = self._device(device)
+        self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False)
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def _device(self, name: str | None) -> torch.device:
+        try:
+            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise Failure(f"--device {name}: no such device; use cpu, cuda or cuda:N", 2) from None
+        if device.type == "cuda":
+            if self.size > 1:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise Failure(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here", 2)
+            torch.cuda.set_device(device)
+        return device
+
+    def sum(self, values: Tensor) -> list[float]:
+        """Elementwise sums over the processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> list[float]:
+        """Elementwise maxima over the processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> list[float]:
+        values = values.to(self.device, torch.float64)
+        if self.size > 1:
+            dist.all_reduce(values, operation)
+        return values.tolist()
+
+    def same(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every process the main one's running statistics: between two of them they differ."""
+        if self.size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- the run directory ------------------------------------------------------------------------------------
+
+
+class Run:
+    """The files of one run.  Only the main process writes them; in the others every method does nothing."""
+
+    def __init__(self, path: Path, world: World):
+        self.path, self.writes = path, world.main
+        self.step, self.epoch, self.beat = 0, 0.0, 0.0
+        self.state, self.phase, self.error = "running", "train", None
+        self.torn = False
+        with contextlib.suppress(OSError), open(path / "metrics.jsonl", "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            self.torn = file.read() != b"\n"  # a killed process left half a line
+
+    def config(self, config: dict[str, Any]) -> None:
+        if self.writes:
+            replace(self.path / "config.json", json.dumps(config, indent=2).encode())
+
+    def make_latest(self) -> None:
+        """Let the link `latest`, beside the run, point to it."""
+        if self.writes:
+            link = self.path.parent / f".latest.{os.getpid()}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.path.name)
+            os.replace(link, self.path.parent / "latest")
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Append one line to metrics.jsonl, in one write."""
+        if not self.writes:
+            return
+        nonfinite = [name for name, value in fields.items() if not finite(value)]
+        fields |= dict.fromkeys(nonfinite) | ({"nonfinite": nonfinite} if nonfinite else {})
+        head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(time.time(), 3)}
+        line = json.dumps(head | fields, allow_nan=False)
+        with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
+            file.write(self.torn * b"\n" + line.encode() + b"\n")
+        self.torn = False
+
+    def event(self, event: str, message: str) -> None:
+        self.record("event", event=event, message=message)
+
+    def heartbeat(self, *, force: bool = False) -> None:
+        """Replace status.json, at most once in HEARTBEAT seconds unless forced."""
+        if not self.writes or (time.time() - self.beat < HEARTBEAT and not force):
+            return
+        self.beat = time.time()
+        status = {"state": self.state, "phase": self.phase, "pid": os.getpid(), "host": socket.gethostname()}
+        status |= {"time": round(self.beat, 3), "step": self.step, "error": self.error}
+        replace(self.path / "status.json", json.dumps(status).encode(), sync=False)
+
+    def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
+        """The last event and the last status of this process."""
+        self.state, self.error = state, error
+        self.event(event, message)
+        self.heartbeat(force=True)
+
+
+def new_directory(root: Path, name: str | None, default: str) -> Path:
+    """Make root/name, which must not exist yet, or the first free of root/default, root/default-2, ..."""
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(1, 10_000):
+        path = root / (name or (default if i == 1 else f"{default}-{i}"))
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            if name:
+                message = f"--name {name}: {path} exists; choose another name, or go on with --resume {path}"
+                raise Failure(message, 2) from None
+    raise Failure(f"{root}: no free name for {default}", 2)
+
+
+def finite(value: Any) -> bool:
+    """False for a float, or a list with a float in it, that is infinite or not a number."""
+    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
+
+
+def replace(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def refuse_if_running(path: Path) -> None:
+    """Raise Failure while a living process of this machine trains the run."""
+    try:
+        status = json.loads((path / "status.json").read_text())
+        if status["state"] == "running" and status["host"] == socket.gethostname() and status["pid"] != os.getpid():
+            os.kill(status["pid"], 0)  # asks whether it lives
+            raise Failure(f"{path}: process {status['pid']} is still working on it", 2)
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write path/checkpoint.pt in one step, and keep the one before as checkpoint.previous.pt."""
+    current, temporary = path / "checkpoint.pt", path / ".checkpoint.pt"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if current.exists():
+        os.replace(current, path / "checkpoint.previous.pt")
+    os.replace(temporary, current)
+
+
+def last_checkpoint(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The newest whole checkpoint of a run, and a warning where an unusable one is passed over."""
+    try:
+        return models.read_checkpoint(path / "checkpoint.pt"), None
+    except ValueError as damaged:
+        try:
+            state = models.read_checkpoint(path / "checkpoint.previous.pt")
+        except ValueError:
+            raise Failure(f"{damaged}, and there is no earlier one", 2) from None
+        return state, f"{damaged}; going on from the one before it, of step {state['step']}"
+
+
+# --- people -----------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Context: the first SIGINT or SIGTERM is noted in `signal`, so that work can end cleanly; a second one kills."""
+
+    def __init__(self, console: Console):
+        self.console, self.signal = console, 0
+
+    def __enter__(self) -> "Stop":
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        self.signal = signum
+        signal.signal(signum, signal.SIG_DFL)
+        self.console.print("stopping with a checkpoint; once more stops at once, without")
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Context: a function that moves a bar on a terminal and does nothing elsewhere."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda completed: bar.update(task, completed=completed)
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def provenance(world: World) -> dict[str, Any]:
+    """What a figure has to be quoted with: command, versions, commit, hardware, time."""
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": git_commit(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu,
+        "host": socket.gethostname(),
+        "processes": world.size,
+        "created": round(time.time(), 3),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a + where files have changed since; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
