@@ -95,10 +95,10 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
     check_norm(norm)
     flat = grad.flatten(1)
     if norm == "linf":
-        d = flat.sign() / math.sqrt(flat.shape[1])
+        d = _sign(flat) / math.sqrt(flat.shape[1])
     elif norm == "l1":
         largest = flat.abs().argmax(dim=1, keepdim=True)
-        d = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
+        d = torch.zeros_like(flat).scatter(1, largest, _sign(flat.gather(1, largest)))
     else:
         # Divide by the largest entry first: the squares of tiny gradients would underflow.
         largest = flat.abs().amax(dim=1, keepdim=True)
@@ -174,6 +174,11 @@ def _losses_and_gradient(
             losses.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph
         )
     return losses, grad
+
+
+def _sign(values: Tensor) -> Tensor:
+    """The sign, and NaN for NaN, which torch.sign turns into a harmless 0."""
+    return torch.where(values.isnan(), values, values.sign())
 
 
 def _per_image(losses: Tensor, x: Tensor) -> Tensor:

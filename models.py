@@ -164,10 +164,10 @@ def load(path: str | os.PathLike) -> nn.Module:
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     state = read_checkpoint(path)
-    network = from_config(state["config"])
     try:
+        network = from_config(state["config"])
         network.load_state_dict(state["model"])
-    except RuntimeError:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{path}: the weights do not fit the network its config names") from None
     return network.eval()
 

@@ -1,0 +1,48 @@
+"""What a training step costs, counted on the paper's CIFAR-10 network."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import train
+from benchmarks.penalty import CountProducts, count
+
+# In units of one forward pass; a plain step is 3.  See README.md, "What a step costs".
+UNITS = {("none", False): 3, ("fd", False): 7, ("fd", True): 10, ("exact", False): 6, ("jvp", False): 10}
+
+
+def operations(method, central=False):
+    torch.manual_seed(0)
+    network = models.build("resnext34", classes=10)
+    objective = train.Objective(network, method=method, norm="l2", h=0.01, central=central)
+    return count(objective, torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(("method", "central"), UNITS)
+def test_a_step_costs_what_the_readme_says(method, central):
+    ratio = operations(method, central) / operations("none")
+    assert ratio == pytest.approx(UNITS[method, central] / 3, rel=0.01)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_counter_counts_a_convolution_by_hand(groups):
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups, bias=False)
+    x = torch.rand(5, 4, 7, 7, requires_grad=True)
+    with CountProducts() as forward:
+        out = conv(x)
+    by_hand = 2 * 5 * 7 * 7 * 6 * (4 // groups) * 9
+    assert forward.flops == by_hand
+    with CountProducts() as backward:
+        out.sum().backward()
+    assert backward.flops == 2 * by_hand
+    with CountProducts() as input_only:
+        torch.autograd.grad(conv(x).sum(), x)
+    assert input_only.flops == 2 * by_hand  # one forward and one of the two backward products
+
+
+def test_the_counter_counts_a_linear_layer_by_hand():
+    linear, x = nn.Linear(8, 3), torch.rand(5, 8)
+    with CountProducts() as counter:
+        linear(x).sum().backward()
+    assert counter.flops == 2 * (2 * 5 * 8 * 3)

@@ -1,0 +1,288 @@
+"""The penalty: finite differences against exact gradients, in closed form where there is one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+
+import gradreg
+from gradreg import direction, dual_norm, exact_penalty, fd_penalty, input_gradient, jvp_penalty
+
+NORMS = ("l2", "linf", "l1")
+seeds, norms = st.integers(0, 2**32 - 1), st.sampled_from(NORMS)
+
+
+def draw(seed, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def smooth_network(seed, dtype=torch.float64, activation=nn.SiLU):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(2, 4, 3), activation(), nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def smooth_case(seed, count=4, dtype=torch.float64):
+    """A smooth toy network with its per-image loss and a batch of images."""
+    network = smooth_network(seed, dtype)
+    labels = torch.arange(count) % 3
+    return network, lambda z: gradreg.cross_entropy(network(z), labels), draw(seed + 1, count, 2, 6, 6, dtype=dtype)
+
+
+def slope(grad, norm):
+    return (grad * direction(grad, norm)).flatten(1).sum(1)
+
+
+def weight_gradient(out, network):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(out.penalties.sum(), list(network.parameters()))])
+
+
+# --- the input gradient is that of the sum ----------------------------------------------------------------
+
+
+@given(seeds)
+def test_input_gradient_of_a_batch_is_that_of_each_image_alone(seed):
+    network, loss_fn, x = smooth_case(seed)
+    losses, grad = input_gradient(loss_fn, x)
+    for i in range(len(x)):
+        alone = lambda z, i=i: gradreg.cross_entropy(network(z), torch.tensor([i % 3]))  # noqa: E731
+        loss, row = input_gradient(alone, x[i : i + 1])
+        torch.testing.assert_close(losses[i : i + 1], loss)
+        torch.testing.assert_close(grad[i : i + 1], row)
+
+
+def test_input_gradient_touches_nothing_else():
+    network, loss_fn, x = smooth_case(0)
+    before = x.clone()
+    losses, grad = input_gradient(loss_fn, x)
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(tensor.requires_grad for tensor in (losses, grad, x))
+    assert torch.equal(x, before)
+
+
+def test_input_gradient_works_under_no_grad():
+    _, loss_fn, x = smooth_case(0)
+    with torch.no_grad():
+        _, grad = input_gradient(loss_fn, x)
+    assert torch.equal(grad, input_gradient(loss_fn, x)[1])
+
+
+@pytest.mark.parametrize("penalty", [fd_penalty, exact_penalty, jvp_penalty, None])
+def test_a_mean_over_the_batch_is_refused(penalty):
+    network, _, x = smooth_case(0)
+    mean = lambda z: torch_cross_entropy(network(z), torch.arange(4) % 3)  # noqa: E731
+    how = {"norm": "l2", "h": 0.01} if penalty is fd_penalty else {"norm": "l2"}
+    with pytest.raises(ValueError, match=r"one loss per image, shape \(4,\), not \(\)"):
+        penalty(mean, x, **how) if penalty else input_gradient(mean, x)
+
+
+@given(seeds, st.floats(-1e4, 1e4))
+def test_cross_entropy_is_torchs(seed, shift):
+    logits, labels = draw(seed, 5, 7) * 10 + shift, torch.arange(5)
+    torch.testing.assert_close(
+        gradreg.cross_entropy(logits, labels), torch_cross_entropy(logits, labels, reduction="none")
+    )
+
+
+# --- norms and directions ---------------------------------------------------------------------------------
+
+
+@given(seeds, norms)
+def test_dual_norm_is_the_steepest_rise_over_the_attacks_unit_ball(seed, norm):
+    """||g||_* = max <g, v> over ||v|| <= 1: reached at the known maximiser, exceeded by no random v."""
+    g = draw(seed, 3, 2, 5)
+    flat = g.flatten(1)
+    best = {
+        "l2": flat / flat.norm(dim=1, keepdim=True),
+        "linf": flat.sign(),
+        "l1": torch.nn.functional.one_hot(flat.abs().argmax(1), 10) * flat.sign(),
+    }[norm]
+    order = {"l2": 2, "linf": math.inf, "l1": 1}[norm]
+    torch.testing.assert_close(dual_norm(g, norm), (flat * best).sum(1))
+    v = draw(seed + 1, 200, 1, 10)
+    v = v / torch.linalg.vector_norm(v, order, dim=2, keepdim=True)
+    assert ((flat * v).sum(2) <= dual_norm(g, norm) * (1 + 1e-12)).all()
+
+
+@given(seeds, norms, st.sampled_from([torch.float32, torch.float64]), st.integers(-30, 30))
+def test_direction_gives_the_slope_it_promises_at_every_scale(seed, norm, dtype, exponent):
+    g = draw(seed, 4, 3, 4, dtype=dtype) * 10.0**exponent
+    d, n = direction(g, norm), 12
+    expected = dual_norm(g.double(), norm) / (math.sqrt(n) if norm == "linf" else 1)
+    torch.testing.assert_close(slope(g.double(), norm), expected, rtol=1e-5, atol=0)
+    assert d.dtype == dtype
+    assert d.shape == g.shape
+    assert (d.flatten(1).norm(dim=1) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_direction_is_zero_where_the_gradient_is_and_nan_where_it_is_nan(norm):
+    g = torch.zeros(3, 2, 2)
+    g[1, 0, 0], g[2] = 5.0, math.nan
+    d = direction(g, norm)
+    assert torch.equal(d[0], torch.zeros(2, 2))
+    assert d[1, 0, 0] > 0
+    assert d[2].isnan().any(), "a NaN gradient must not become a harmless direction"
+
+
+@pytest.mark.parametrize("call", [lambda g: dual_norm(g, "L2"), lambda g: direction(g, "inf")])
+def test_an_unknown_norm_is_refused(call):
+    with pytest.raises(ValueError, match="norm must be one of l2, linf, l1"):
+        call(torch.zeros(1, 2))
+
+
+# --- the three penalties ----------------------------------------------------------------------------------
+
+
+@given(seeds, norms, st.booleans())
+def test_exact_and_forward_mode_agree_in_value_and_weight_gradient(seed, norm, squared):
+    network, loss_fn, x = smooth_case(seed)
+    exact = exact_penalty(loss_fn, x, norm=norm, squared=squared)
+    jvp = jvp_penalty(loss_fn, x, norm=norm, squared=squared)
+    torch.testing.assert_close(exact.penalties, jvp.penalties, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(weight_gradient(exact, network), weight_gradient(jvp, network), rtol=1e-7, atol=1e-10)
+
+
+@given(seeds, norms)
+def test_exact_penalty_is_the_squared_dual_norm_with_its_true_weight_gradient(seed, norm):
+    """Against the textbook form: differentiate ||g||_*^2 itself, no direction detached anywhere."""
+    network, loss_fn, x = smooth_case(seed)
+    out = exact_penalty(loss_fn, x, norm=norm)
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss_fn(x).sum(), x, create_graph=True)
+    textbook = dual_norm(g, norm).square() / (x[0].numel() if norm == "linf" else 1)
+    torch.testing.assert_close(out.penalties, textbook)
+    truth = torch.cat([t.flatten() for t in torch.autograd.grad(textbook.sum(), list(network.parameters()))])
+    torch.testing.assert_close(weight_gradient(out, network), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+def test_float32_and_float64_agree(norm, dtype):
+    network, loss_fn, x = smooth_case(3, dtype=dtype)
+    reference_network, reference_fn, _ = smooth_case(3)
+    reference_network.load_state_dict(network.state_dict())
+    reference = exact_penalty(reference_fn, x.double(), norm=norm)
+    for out in (
+        exact_penalty(loss_fn, x, norm=norm),
+        jvp_penalty(loss_fn, x, norm=norm),
+        fd_penalty(loss_fn, x, norm=norm, h=1e-2, central=True),
+    ):
+        assert out.penalties.dtype == out.losses.dtype == out.grad.dtype == dtype
+        torch.testing.assert_close(out.penalties.double(), reference.penalties, rtol=5e-3, atol=1e-5)
+        torch.testing.assert_close(out.losses.double(), reference.losses, rtol=1e-5, atol=1e-6)
+
+
+@given(seeds, norms)
+def test_fd_error_shrinks_with_h_and_twice_as_fast_when_central(seed, norm):
+    """Forward differences: error O(h); central: O(h^2), while rounding is far below both."""
+    _, loss_fn, x = smooth_case(seed)
+    exact = slope(input_gradient(loss_fn, x)[1], norm)
+
+    def error(h, central):
+        out = fd_penalty(loss_fn, x, norm=norm, h=h, central=central, squared=False)
+        return (out.penalties - exact.abs()).abs().max().item()
+
+    for central, order in ((False, 1), (True, 2)):
+        coarse, fine = error(1e-2, central), error(1e-3, central)
+        assert fine <= 2 * coarse * 10.0**-order + 1e-11, f"order {order}: {coarse} -> {fine}"
+
+
+@given(seeds, norms)
+def test_fd_weight_gradient_tends_to_that_of_double_backpropagation(seed, norm):
+    network, loss_fn, x = smooth_case(seed)
+    truth = weight_gradient(exact_penalty(loss_fn, x, norm=norm), network)
+    fd = weight_gradient(fd_penalty(loss_fn, x, norm=norm, h=1e-4, central=True), network)
+    assert (fd - truth).norm() <= 1e-5 * truth.norm() + 1e-9
+    rough = weight_gradient(fd_penalty(loss_fn, x, norm=norm, h=1e-2, central=True), network)
+    assert (fd - truth).norm() <= (rough - truth).norm() + 1e-9
+
+
+@given(seeds, norms, st.floats(1e-3, 1.0), st.booleans())
+def test_on_a_quadratic_loss_the_fd_error_is_the_closed_form(seed, norm, h, central):
+    """l(x) = b.x + x'Ax/2: the forward quotient is <g, d> + h/2 d'Ad exactly, the central one <g, d>."""
+    a, b, x = draw(seed, 6, 6), draw(seed + 1, 6), draw(seed + 2, 3, 6)
+    a = a + a.T
+    out = fd_penalty(lambda z: z @ b + 0.5 * (z @ a * z).sum(1), x, norm=norm, h=h, central=central, squared=False)
+    g = b + x @ a
+    torch.testing.assert_close(out.grad, g)
+    d = direction(g, norm)
+    expected = (g * d).sum(1) + (0 if central else h / 2 * (d @ a * d).sum(1))
+    torch.testing.assert_close(out.penalties, expected.abs(), rtol=1e-8, atol=1e-8)
+
+
+@given(seeds, norms)
+def test_the_weights_see_the_losses_the_penalty_and_no_direction(seed, norm):
+    """d is detached, l(x) is not: the weight gradient is that of the formula with z = x + h d held fixed."""
+    network, loss_fn, x = smooth_case(seed)
+    h, lam = 0.05, 0.7
+    out = fd_penalty(loss_fn, x, norm=norm, h=h)
+    got = torch.autograd.grad(out.objective(lam), list(network.parameters()))
+    z = x + h * direction(input_gradient(loss_fn, x)[1], norm)
+    formula = loss_fn(x).mean() + lam / 2 * ((loss_fn(z) - loss_fn(x)) / h).square().mean()
+    for mine, theirs in zip(got, torch.autograd.grad(formula, list(network.parameters())), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("squared", [True, False])
+def test_a_zero_gradient_gives_a_zero_penalty_and_finite_weight_gradients(norm, squared):
+    """Image 0 sits where the loss is flat; image 1 does not."""
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    loss_fn = lambda z: ((weight * z) ** 2).sum(1)  # noqa: E731
+    x = torch.tensor([[0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    for penalty, how in (
+        (exact_penalty, {}),
+        (jvp_penalty, {}),
+        (fd_penalty, {"h": 1e-3}),
+        (fd_penalty, {"h": 1e-3, "central": True}),
+    ):
+        out = penalty(loss_fn, x, norm=norm, squared=squared, **how)
+        assert out.penalties[0] == 0
+        assert out.penalties[1] > 0
+        (g,) = torch.autograd.grad(out.penalties.sum(), weight)
+        assert g.isfinite().all()
+
+
+def test_forward_mode_of_a_loss_that_ignores_the_image_is_zero():
+    scale = torch.ones((), requires_grad=True)
+    x = torch.zeros(3, 2, requires_grad=False)
+    out = jvp_penalty(lambda z: scale * (z.detach().sum(1) + 0 * z.sum(1)), x, norm="l2")
+    assert torch.equal(out.penalties, torch.zeros(3))
+
+
+@pytest.mark.parametrize("h", [0.0, -0.1, math.inf, math.nan])
+def test_a_step_that_is_not_positive_is_refused(h):
+    _, loss_fn, x = smooth_case(0)
+    with pytest.raises(ValueError, match="h must be a positive finite number"):
+        fd_penalty(loss_fn, x, norm="l2", h=h)
+
+
+def test_objective_has_the_half_of_eq_8():
+    out = gradreg.Penalised(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 8.0]), torch.zeros(2, 1))
+    assert out.objective(0.5).item() == 2.0 + 0.25 * 6.0
+
+
+# --- batch normalization, as the module's docstring promises ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("penalty", "updates"),
+    [
+        (lambda f, x: fd_penalty(f, x, norm="l2", h=0.1), 2),
+        (lambda f, x: fd_penalty(f, x, norm="l2", h=0.1, central=True), 3),
+        (lambda f, x: jvp_penalty(f, x, norm="l2"), 2),
+        (lambda f, x: exact_penalty(f, x, norm="l2"), 1),
+    ],
+)
+def test_batch_normalization_updates_its_statistics_once_a_pass(penalty, updates):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    labels = torch.arange(5) % 3
+    out = penalty(lambda z: gradreg.cross_entropy(network(z), labels), draw(0, 5, 2, 4, dtype=torch.float32))
+    assert network[2].num_batches_tracked == updates
+    out.objective(1.0).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())

@@ -1,0 +1,149 @@
+"""The networks, against their description; and loading, which executes nothing."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import models
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def test_resnext34_has_the_papers_shape():
+    """34 layers with weights in a row: stem, 15 blocks of 2, 2 transitions, 1 linear; 3.9 million weights."""
+    network = models.build("resnext34", classes=10)
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 34
+
+    def block(c):  # 3x3 from c to 2c, normalization, 3x3 in two groups, normalization
+        return 9 * c * 2 * c + 4 * c + 9 * c * 2 * c + 4 * c
+
+    stem, half1, half2, head = 27 * 32 + 32, 32 * 64 + 64, 64 * 128 + 128, 128 * 10 + 10
+    assert parameters(network) == stem + half1 + half2 + head + 5 * (block(32) + block(64) + block(128))
+    shapes = []
+    for m in network.modules():
+        if isinstance(m, models.BranchBlock):
+            m.register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[1:])))
+    assert network.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert shapes == [(32, 32, 32)] * 5 + [(64, 16, 16)] * 5 + [(128, 8, 8)] * 5
+
+
+def test_a_branch_block_is_the_mean_of_separate_branches():
+    """Written out: each branch has its own half of both convolutions, and the two are averaged."""
+    block = models.BranchBlock(4).eval()
+    first, bn1, _, second, bn2 = block.body
+    for bn in (bn1, bn2):
+        nn.init.uniform_(bn.weight)
+        nn.init.uniform_(bn.running_mean)
+    x = torch.rand(3, 4, 5, 5)
+
+    def normalise(z, bn, half):
+        part = slice(4 * half, 4 * half + 4)
+        scale = (bn.weight[part] / (bn.running_var[part] + bn.eps).sqrt())[:, None, None]
+        return (z - bn.running_mean[part, None, None]) * scale + bn.bias[part, None, None]
+
+    branches = []
+    for half in range(2):
+        part = slice(4 * half, 4 * half + 4)
+        hidden = normalise(nn.functional.conv2d(x, first.weight[part], padding=1), bn1, half).relu()
+        branches.append(normalise(nn.functional.conv2d(hidden, second.weight[part], padding=1), bn2, half))
+    torch.testing.assert_close(block(x), (x + sum(branches) / 2).relu())
+
+
+def test_the_authors_head_has_a_relu_on_the_logits_and_ours_does_not():
+    x = torch.rand(64, 3, 32, 32)
+    assert models.build("resnext34-authors", classes=10)(x).min() == 0
+    assert models.build("resnext34", classes=10)(x).min() < 0
+
+
+def test_normalization_without_a_scale_keeps_it_at_one():
+    network = models.build("resnext34", classes=10)
+    fixed = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad]
+    assert len(fixed) == 3  # the stem and the two transitions
+    assert all((m.weight == 1).all() and m.bias.requires_grad for m in fixed)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnext34", "resnet50"])
+@pytest.mark.parametrize(("activation", "kind"), [("gelu", nn.GELU), ("silu", nn.SiLU)])
+def test_activation_replaces_every_relu(name, activation, kind):
+    with torch.device("meta"):
+        relu, other = (models.build(name, classes=10, activation=a) for a in ("relu", activation))
+    found = [sum(isinstance(m, k) for m in network.modules()) for network, k in ((relu, nn.ReLU), (other, kind))]
+    assert found[0] == found[1] > 0
+    assert not any(isinstance(m, nn.ReLU) for m in other.modules())
+
+
+def test_resnet50_normalises_first_and_starts_its_blocks_as_identities():
+    network = models.build("resnet50", classes=5)
+    mean, std = network[0].mean, network[0].std
+    torch.testing.assert_close(network[0](mean.expand(1, 3, 4, 4) + std), torch.ones(1, 3, 4, 4))
+    assert all((m.bn3.weight == 0).all() for m in network.modules() if hasattr(m, "bn3"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.build("resnet9", classes=10), "unknown model 'resnet9'"),
+        (lambda: models.build("cnn", classes=10, activation="elu"), "unknown activation 'elu'"),
+        (lambda: models.build("resnext34", classes=10, channels=1), "colour images"),
+    ],
+)
+def test_build_refuses_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def checkpoint(network, **extra):
+    options = {"model": "cnn", "activation": "gelu"}
+    config = {"options": options, "classes": 10, "channels": 1}
+    return {"config": config, "model": network.state_dict(), "step": 3} | extra
+
+
+def test_load_gives_back_the_network(tmp_path):
+    network = models.build("cnn", classes=10, channels=1, activation="gelu")
+    torch.save(checkpoint(network), tmp_path / "checkpoint.pt")
+    x = torch.rand(2, 1, 8, 8)
+    for path in (tmp_path, tmp_path / "checkpoint.pt"):
+        loaded = models.load(path)
+        assert not loaded.training
+        assert torch.equal(loaded(x), network.eval()(x))
+
+
+def test_load_refuses_what_is_not_a_checkpoint_and_executes_nothing(tmp_path):
+    network = models.build("cnn", classes=10, channels=1)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(checkpoint(network), path)
+    whole = path.read_bytes()
+    marker = tmp_path / "executed"
+
+    class Touch:
+        def __reduce__(self):
+            return (type(marker).touch, (marker,))
+
+    def written(obj):
+        torch.save(obj, path)
+        return path.read_bytes()
+
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint",
+        "pickle": pickle.dumps(Touch()),
+        "code inside": written({"config": Touch(), "model": {}, "step": 0}),
+        "another project's": written({"state_dict": {}}),
+        "a tensor": written(torch.zeros(3)),
+        "other weights": written(checkpoint(nn.Linear(2, 2))),
+    }
+    for name, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: ") as error:
+            models.load(path)
+        assert "\n" not in str(error.value), name
+    assert not marker.exists()
+    with pytest.raises(ValueError, match="No such file"):
+        models.load(tmp_path / "absent.pt")
