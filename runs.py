@@ -305,7 +305,7 @@ def provenance(world: World) -> dict[str, Any]:
     cpu = f"cpu, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu,
         "host": socket.gethostname(),

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import attacks
+import bounds
 import data
 import models
 from gradreg import (
@@ -388,6 +389,10 @@ def probe(network: nn.Module, test: data.Source, config: dict[str, Any], world: 
     mine = data.order(len(test), seed=0, epoch=2)[:PROBE_IMAGES][world.rank :: world.size]
     images, labels = data.fetch(test, mine, world.device)
     fields = {"attacked_error_pct": attacked_error(network, images, labels, norm, config["attack_eps"], 10, world)}
+    looked = bounds.omega_statistics(network, images, labels, norm=norm, eps=config["omega_eps"])
+    *fields["omega"], fields["margin_grad_norm_max"] = world.max(torch.tensor([*looked.omega, looked.grad_norm_max]))
+    total, count = world.sum(torch.tensor([looked.grad_norm_mean * len(labels), len(labels)]))
+    fields["margin_grad_norm_mean"] = total / count
     if options["method"] == "fd":
         fields["fd_rounding_pct"] = fd_rounding(network, images[:32], labels[:32], options)
     return fields
@@ -443,6 +448,8 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> dict[str,
         raise Failure(f"--lam must be 0 or more, not {options['lam']}", 2)
     if options["batch_size"] > len(images.train):
         raise Failure(f"--batch-size {options['batch_size']}: there are only {len(images.train)} training images", 2)
+    if len(images.test) < world.size:
+        raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
     check_share(options, world)
     return options
 
