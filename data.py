@@ -266,7 +266,7 @@ def cifar10(data_dir: Path, subset: int | None = None) -> Data:
         download = not (data_dir / CIFAR10.base_folder).is_dir()
         train, test = (CIFAR10(data_dir, train=part, download=download) for part in (True, False))
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0]
         raise DataError(f"--data-dir {data_dir}: no usable CIFAR-10 ({reason}); it should hold {layout}") from None
 
     def held(part: CIFAR10, augmentation: Augmentation | None) -> InMemory:

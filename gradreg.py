@@ -158,8 +158,6 @@ def jvp_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True)
     d = direction(grad, norm)
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
-    if slopes is None:  # loss_fn does not depend on x
-        slopes = torch.zeros_like(losses)
     return Penalised(losses, _power(slopes, squared), grad)
 
 

@@ -99,6 +99,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 MOMENTUM = 0.9
 LOG_EVERY = 10  # steps between two records
 PROBE_IMAGES = 200  # test images attacked after each epoch, always the same
+UNPENALISED = {"none", "noise"}  # methods without a penalty: undefended, and Gaussian noise (Cohen et al. 2019)
 LARGE_ROUNDING = 5.0  # percent, of the difference quotient, that make a warning
 
 
@@ -136,7 +137,7 @@ class Objective(nn.Module):
         if self.method == "jvp":
             return jvp_penalty(loss_fn, images, norm=self.norm)
         losses = loss_fn(images)
-        return Penalised(losses, torch.zeros_like(losses), None)
+        return Penalised(losses, torch.zeros_like(losses), None)  # undefended, or noise already in the images
 
 
 @contextlib.contextmanager
@@ -292,6 +293,8 @@ class Trainer:
         rate = learning_rate(self.options["schedule"], self.step / self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.options["method"] == "noise":
+            images = images + self.options["sigma"] * self._noise(images)
         out = self.objective(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         out.objective(self.options["lam"]).backward()
@@ -303,9 +306,16 @@ class Trainer:
         self.show(self.step)
         return rate
 
+    def _noise(self, images: Tensor) -> Tensor:
+        """This process's part of the batch's Gaussian noise, a pure function of (seed, step, place in the batch)."""
+        (bits,) = data.uniforms(self.options["seed"], self.step, np.zeros(1), 1)[0]
+        generator = torch.Generator(self.world.device).manual_seed(int(bits * 2**53))
+        shape = self.world.size, *images.shape
+        return torch.randn(shape, generator=generator, device=images.device)[self.world.rank]
+
     def _log(self, images: Tensor, labels: Tensor, rate: float) -> None:
         """A "step" record.  Raises Failure when the loss is not finite."""
-        if self.options["method"] == "none":  # no step has computed an input gradient: look at a few images
+        if self.options["method"] in UNPENALISED:  # no step has computed an input gradient: look at a few images
             with evaluating(self.network):
                 _, grad = input_gradient(lambda z: cross_entropy(self.network(z), labels[:32]), images[:32])
             self.meter.add_gradient(grad)
@@ -439,9 +449,9 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> dict[str,
     first_rate = options["schedule"][0][1]
     scale = options.setdefault("lr", first_rate) / first_rate
     options["schedule"] = [[epoch, start * scale, end * scale] for epoch, start, end in options["schedule"]]
-    if options["method"] == "none":
+    if options["method"] in UNPENALISED:
         options["lam"] = 0.0
-    for name in ("h", "lr", "epochs", "batch_size", "checkpoint_minutes"):
+    for name in ("h", "lr", "epochs", "batch_size", "checkpoint_minutes", "sigma"):
         if not (math.isfinite(options[name]) and options[name] > 0):
             raise Failure(f"--{name.replace('_', '-')} must be positive, not {options[name]}", 2)
     if not (math.isfinite(options["lam"]) and options["lam"] >= 0):
@@ -493,8 +503,10 @@ def start_run(given: dict[str, Any], root: Path, name: str | None, images: data.
     options = resolve(given, images, world)
     config = describe(options, images, world)
     parts = [Path(options["dataset"]).name, options["method"], f"seed{options['seed']}"]
-    if options["method"] != "none":
+    if options["method"] not in UNPENALISED:
         parts.insert(2, f"{options['norm']}-lam{options['lam']:g}")
+    if options["method"] == "noise":
+        parts.insert(2, f"sigma{options['sigma']:g}")
     path = world.same(new_directory(root, name, "-".join(parts)) if world.main else None)
     config["name"] = path.name
     trainer = Trainer(path, config, images, world)
@@ -549,7 +561,8 @@ def load_images(options: dict[str, Any]) -> data.Data:
 
 def compare(given: dict[str, Any], root: Path, images: data.Data, world: World) -> None:
     """Train an undefended and a penalised network, and print what the penalty buys."""
-    trainers = [start_run(given | {"method": method}, root, None, images, world) for method in ("none", "fd")]
+    methods = "none", given["method"]
+    trainers = [start_run(given | {"method": method}, root, None, images, world) for method in methods]
     norm, radii = trainers[0].config["attack_norm"], trainers[0].config["attack_radii"]
     table = Table(title=f"% error of {len(images.test)} test images, clean and under PGD ({norm}, 40 steps)")
     table.add_column("network")
@@ -561,20 +574,27 @@ def compare(given: dict[str, Any], root: Path, images: data.Data, world: World) 
         with evaluating(trainer.network):
             errors = [attacked_error(trainer.network, *batch, norm, eps, 40, world) for eps in (0.0, *radii)]
         options = trainer.options
-        penalised = f"squared {options['norm']} penalty, lam {options['lam']:g}, h {options['h']:g}"
-        name = "undefended" if options["method"] == "none" else penalised
+        name = "undefended" if options["method"] == "none" else f"penalty, lam {options['lam']:g}, h {options['h']:g}"
         table.add_row(name, *(f"{error:.1f}" for error in errors), duration(trainer.seconds))
     world.console.print(table)
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
-Method = Literal["fd", "exact", "jvp", "none"]
+Method = Literal["fd", "exact", "jvp", "none", "noise"]
 AttackNorm = Literal["l2", "linf", "l1"]
 Model = Literal["cnn", "resnext34", "resnext34-authors", "resnet50"]
 Activation = Literal["relu", "gelu", "silu"]
 
-DEFAULTS = {"method": "fd", "norm": "l2", "central": False, "activation": "relu", "seed": 0, "subset": None}
+DEFAULTS = {
+    "method": "fd",
+    "norm": "l2",
+    "central": False,
+    "activation": "relu",
+    "seed": 0,
+    "subset": None,
+    "sigma": 0.25,
+}
 MAY_CHANGE = {"data_dir", "device", "workers", "checkpoint_minutes"}  # when a run goes on
 
 
@@ -588,11 +608,12 @@ PENALTY, TRAINING, RUN = "The penalty of eq. (8)", "Training (the rest is the re
 # fmt: off
 def main(
     dataset: Annotated[str | None, typer.Argument(help="digits, cifar10, imagenet, or the path of an image folder.")] = None,
-    method: Annotated[Method | None, option(PENALTY, "Finite differences (default), double backpropagation, forward mode, none.")] = None,
+    method: Annotated[Method | None, option(PENALTY, "Finite differences (default), double backpropagation, forward mode; none; Gaussian noise instead.")] = None,
     norm: Annotated[AttackNorm | None, option(PENALTY, "Norm of the attacks to defend against (default l2).")] = None,
     lam: Annotated[float | None, option(PENALTY, "Weight: lam/2 times the mean penalty is added to the loss.")] = None,
     h: Annotated[float | None, option(PENALTY, "Finite difference step, in pixels of range 0 to 1.")] = None,
     central: Annotated[bool | None, option(PENALTY, "Central differences, for one more forward pass.")] = None,
+    sigma: Annotated[float | None, option(PENALTY, "Standard deviation of the noise of --method noise (default 0.25).")] = None,
     model: Annotated[Model | None, option(TRAINING, "The network.")] = None,
     activation: Annotated[Activation | None, option(TRAINING, "Takes the place of every ReLU (default relu).")] = None,
     epochs: Annotated[int | None, option(TRAINING, "Stretches the learning rate schedule.")] = None,
@@ -628,6 +649,8 @@ def main(
         given.setdefault("workers", min(8, max(1, (cpu_count() or 1) // world.size)))
         images = load_images(given | {"dataset": dataset or "digits"})
         if dataset is None:
+            if name or method in UNPENALISED:
+                raise Failure(f"--name and --method {method} are of one network: name its data set too, say digits", 2)
             return compare(given | {"dataset": "digits"}, runs or Path("runs"), images, world)
         start_run(given, runs or Path("runs"), name, images, world)
 

@@ -163,6 +163,24 @@ class Crash(Exception):
     pass
 
 
+def test_noise_training_adds_that_noise_to_the_images(monkeypatch, tmp_path):
+    seen = {}
+
+    class Spy(train.Objective):
+        def forward(self, images, labels):
+            seen.setdefault(self.method, []).append(images.clone())
+            return super().forward(images, labels)
+
+    monkeypatch.setattr(train, "Objective", Spy)
+    small = [*SMALL, "--epochs", 1, "--runs", tmp_path]
+    for method, more in (("none", []), ("noise", ["--sigma", 0.3])):
+        assert command(monkeypatch, *small, "--method", method, *more) == 0
+    added = torch.stack([a - b for a, b in zip(seen["noise"], seen["none"], strict=True)])
+    assert added.std().item() == pytest.approx(0.3, rel=0.03)
+    assert abs(added.mean().item()) < 0.01
+    assert not torch.equal(added[0], added[1])
+
+
 @pytest.mark.parametrize("step", [1, 9, 10, 19, 20, 21, 33, 39])
 def test_a_run_that_dies_at_any_step_ends_as_if_it_had_not(monkeypatch, tmp_path, whole, step):
     real = train.Meter.add
@@ -299,6 +317,20 @@ def torchrun(processes, *arguments):
     return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
+def test_two_processes_add_the_noise_of_one(monkeypatch):
+    images = torch.zeros(8, 1, 4, 4)
+
+    def noise(rank, size, share):
+        world = runs.World("cpu")
+        world.rank, world.size = rank, size
+        trainer = train.Trainer.__new__(train.Trainer)
+        trainer.options, trainer.step, trainer.world = {"seed": 3}, 7, world
+        return trainer._noise(share)
+
+    both = torch.cat([noise(rank, 2, images[:4]) for rank in range(2)])
+    assert torch.equal(both, noise(0, 1, images))
+
+
 def test_two_processes_train_the_network_of_one_and_log_once(tmp_path, whole):
     done = torchrun(2, *SMALL, "--runs", tmp_path, "--name", "two")
     assert done.returncode == 0, done.stderr
@@ -330,6 +362,7 @@ def one_line(capsys):
         (["digits", "--method", "magic"], "--method"),
         (["digits", "--norm", "l7"], "--norm"),
         (["digits", "--h", "0"], "--h must be positive, not 0"),
+        (["digits", "--method", "noise", "--sigma", "0"], "--sigma must be positive"),
         (["digits", "--h", "nan"], "--h must be positive, not nan"),
         (["digits", "--lam", "-1"], "--lam must be 0 or more"),
         (["digits", "--lr", "-0.1"], "--lr must be positive"),
@@ -341,6 +374,7 @@ def one_line(capsys):
         (["digits", "--model", "resnext34"], "colour images"),
         (["digits", "--device", "abacus"], "--device abacus: no such device"),
         (["digits", "--frobnicate"], "--frobnicate"),
+        (["--method", "none"], "name its data set too"),
         (["digits", "cifar10"], "cifar10"),
         (["--resume", "/nonexistent/run"], "no such run"),
         (["digits", "--resume", "/nonexistent/run", "--lam", "2"], "leave out --lam, DATASET"),
