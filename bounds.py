@@ -1,0 +1,707 @@
+"""Section 2 of the paper: lower bounds on the distance from an image to the nearest misclassified one.
+
+Let l be a loss that is negative exactly where the model is right, so that l0 = 0, and let g = grad l(x).  Then
+every misclassified x + v satisfies (Prop. 2.2)
+
+    ||v|| >= -l(x) / L                                      L-bound; L is the Lipschitz constant of l
+    ||v|| >= eps   whenever   -l(x) - omega(eps) >= eps ||g||_*                              omega-bound
+    omega(eps) = sup over x and ||v|| <= eps of  l(x + v) - l(x) - <v, g>                         # eq. (5)
+
+The proposition is a theorem; L and omega are not known, and this is where a bound can be false.  Three ways to
+estimate them, each of which returns an `Estimate`, from the most faithful to the most useful:
+
+    estimate_by_sampling     random v, maxima over batches, a GEV distribution: the paper's.  In high dimension
+                             random v find next to nothing; expect a large share of false omega-bounds.
+    estimate_by_ascent       gradient ascent towards the worst v.  Still a supremum seen from below, but of the
+                             right size.  Needs no attack.
+    estimate_by_calibration  the smallest modulus t eps^q whose bounds are false for a share alpha of images at
+                             most, by conformal prediction from adversarial distances of held-out images.
+
+None of them certifies an image.  The only certificate here is randomized smoothing (`certify_smoothing`), and
+it speaks of the smoothed classifier, not of the model.  So hold every bound against distances that attacks
+found (`violations`), and print the two together.
+
+Two losses.  "probabilities" is the paper's, in [-1, 1].  Its gradient vanishes where the softmax saturates, and
+bounds refuse it when more than 1 % of the gradients are exactly zero (masked gradients).  "logits" is the same
+difference before the softmax: as valid, since Prop. 2.2 asks only for the sign, much closer to linear, and its
+bounds do not change when the logits are multiplied by a constant.
+
+Estimate on held-out images: on training images the loss is saturated, and everything looks smaller.  Labels may
+be the model's own predictions; the bounds are then on the distance to another prediction.
+
+Left out: moduli of single images (each costs an attack), a modulus for each bin of gradient norms (tighter
+than one ascent for all, but without a guarantee; calibration is tighter still and has one), plots.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+import scipy.stats
+import torch
+from torch import Tensor
+
+from gradreg import LossFn, Norm, direction, dual_norm, input_gradient
+
+Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
+Loss = Literal["probabilities", "logits"]
+Progress = Callable[[int, int], None]  # images sent through the model so far, and in all
+
+
+# --- losses and margins ------------------------------------------------------------------------------------
+
+
+def margin_loss(logits: Tensor, labels: Tensor, topk: int = 1, *, loss: Loss = "probabilities") -> Tensor:
+    """The k-th largest of the other classes minus the label's (N,): negative iff the label is in the top k.
+
+    loss="probabilities": of the softmax, in [-1, 1], Section 2's modified Carlini-Wagner loss; "logits": of the
+    logits themselves.  A tie gives 0 and counts as misclassified.
+    """
+    if loss not in ("probabilities", "logits"):
+        raise ValueError(f"loss must be probabilities or logits, not {loss!r}")
+    scores = logits.softmax(dim=1) if loss == "probabilities" else logits
+    label = scores.gather(1, labels[:, None])[:, 0]
+    others = scores.scatter(1, labels[:, None], -torch.inf)
+    return others.topk(topk, dim=1).values[:, -1] - label
+
+
+class MaskedGradientsError(ValueError):
+    """More than 1 % of the margin's gradients are exactly zero: no bound follows from them."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What a bound needs to know of N images: losses (N, J), dual gradient norms (N, J); see `margins`."""
+
+    losses: Tensor
+    grad_norms: Tensor
+    norm: Norm
+    topk: int
+    loss: Loss
+
+    @property
+    def zero_gradients(self) -> float:
+        """Share of the images whose gradient is exactly zero."""
+        return float((self.grad_norms[:, 0] == 0).double().mean())
+
+    def __getitem__(self, index) -> "Margins":
+        """The margins of some of the images."""
+        return Margins(self.losses[index], self.grad_norms[index], self.norm, self.topk, self.loss)
+
+
+def margins(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    topk: int = 1,
+    loss: Loss = "logits",
+    rivals: int = 1,
+    batch_size: int = 512,
+) -> Margins:
+    """Losses and gradient norms of each image: one forward pass, and as many backward passes as rivals.
+
+    Column j belongs to the class that is (topk + j)-th largest of the others.  One rival is Section 2.  With
+    more, a bound is the smallest over the rivals: calibrated, it is much tighter, because the runner-up at x is
+    often not the class that is nearest to x.  Raises ValueError for a model in training mode.
+    """
+    _refuse_training(model)
+    losses, norms = [], []
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = model(x)
+            columns = [margin_loss(logits, y, topk + j, loss=loss) for j in range(rivals)]
+            grads = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in columns]
+        losses.append(torch.stack(columns, 1).detach())
+        norms.append(torch.stack([dual_norm(grad, norm) for grad in grads], 1))
+    return Margins(torch.cat(losses), torch.cat(norms), norm, topk, loss)
+
+
+# --- Proposition 2.2 ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for one norm, topk and loss.
+
+    calls: images sent forward through the model to get it.  gevs: the fitted distributions, L's and then one
+    for each radius (sampling only).  rivals: how many the bounds must be taken over, at least.
+    """
+
+    method: str
+    norm: Norm
+    topk: int
+    loss: Loss
+    lipschitz: float
+    eps: Tensor
+    omega: Tensor
+    calls: int = 0
+    gevs: "tuple[GEV, ...]" = ()
+    rivals: int = 1
+
+
+def lipschitz_bound(margins: Margins, estimate: Estimate) -> Tensor:
+    """The L-bound of Prop. 2.2 (N,), in units of the images: as true as estimate.lipschitz; 0 if misclassified.
+
+    Raises MaskedGradientsError, and ValueError for an estimate of another norm, topk or loss, or of more rivals.
+    """
+    _check_match(margins, estimate)
+    return ((-margins.losses).clamp_min(0) / estimate.lipschitz).amin(1)
+
+
+def omega_bound(margins: Margins, estimate: Estimate) -> Tensor:
+    """The omega-bound of Prop. 2.2 (N,), in units of the images: as true as estimate.omega; 0 if misclassified.
+
+    Never more than estimate.eps[-1]; a bound that equals it is capped by the largest radius looked at.
+    Raises MaskedGradientsError, and ValueError for an estimate of another norm, topk or loss, or of more rivals.
+    """
+    _check_match(margins, estimate)
+    return invert_omega(-margins.losses, margins.grad_norms, estimate.eps, estimate.omega).amin(1)
+
+
+def invert_omega(gaps: Tensor, grad_norms: Tensor, eps: Tensor, omega: Tensor) -> Tensor:
+    """The largest r with  r ||g||_* + omega(r) <= gap,  like gaps: 0 if there is none, at most eps[-1].
+
+    gaps = l0 - l(x) and grad_norms, of one shape; eps (K,) increasing, omega (K,).  Between two radii omega is
+    taken at the larger one, and made non-decreasing, since the balls are nested: so true values of omega give
+    true bounds.  With linear interpolation they would not.  Raises ValueError if eps does not increase.
+    """
+    if not (eps.diff() > 0).all():
+        raise ValueError("the radii must increase")
+    omega = omega.cummax(0).values
+    below = torch.cat([eps.new_zeros(1), eps[:-1]])
+    reach = torch.minimum((gaps[..., None] - omega) / grad_norms[..., None], eps)
+    return torch.where(reach > below, reach, 0).amax(-1)
+
+
+class Violations(NamedTuple):
+    """How far bounds can be trusted: see `violations`."""
+
+    count: int  # bounds that exceed a distance
+    images: int
+    rate: float  # count / images
+    low: float  # 95 % interval of the rate (Clopper-Pearson)
+    high: float
+    worst: float  # the largest bound / distance among correctly classified images
+    tightness: float  # mean bound / mean distance
+
+    def __str__(self) -> str:
+        interval = f"95 % interval {100 * self.low:.2f} to {100 * self.high:.2f}"
+        counts = f"{100 * self.rate:.2f} % of bounds false ({self.count} of {self.images}, {interval})"
+        return f"{counts}, worst {self.worst:.2f} x distance, tightness {self.tightness:.2f}"
+
+
+def violations(bounds: Tensor, distances: Tensor) -> Violations:
+    """Count the bounds (N,) that are false because an adversarial image is nearer: bound > distance (N,).
+
+    distances: of real adversarial images, 0 if misclassified, infinite where none is known (not counted as
+    violated, and left out of worst and tightness).  The rate is a lower estimate: as good as the attacks.
+    """
+    bounds, distances = bounds.double(), distances.to(bounds.device).double()
+    count, n = int((bounds > distances).sum()), len(bounds)
+    known = distances.isfinite()
+    ratios = (bounds / distances)[known & (distances > 0)]
+    interval = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact")
+    worst = float(ratios.max()) if len(ratios) else math.nan
+    tightness = float(bounds[known].mean() / distances[known].mean())
+    return Violations(count, n, count / n, float(interval.low), float(interval.high), worst, tightness)
+
+
+def _check_match(margins: Margins, estimate: Estimate) -> None:
+    if margins.zero_gradients > 0.01:
+        share = f"{100 * margins.zero_gradients:.1f} %"
+        raise MaskedGradientsError(
+            f"{share} of the gradients of the {margins.loss} margin are exactly zero: no bound follows from them"
+        )
+    for name in ("norm", "topk", "loss"):
+        ours, theirs = getattr(margins, name), getattr(estimate, name)
+        if ours != theirs:
+            raise ValueError(f"the margins have {name} {ours!r}, the estimate has {theirs!r}")
+    if margins.losses.shape[1] < estimate.rivals:
+        raise ValueError(f"the estimate holds for margins with {estimate.rivals} rivals or more")
+
+
+# --- estimates of L and omega ------------------------------------------------------------------------------
+
+
+def estimate_by_sampling(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    eps: Tensor | None = None,
+    topk: int = 1,
+    loss: Loss = "probabilities",
+    blocks: int = 100,
+    block_size: int = 64,
+    p: float = 1e-3,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """The paper's estimate, a quantile of fitted batch maxima: NOT an upper bound, often far below the truth.
+
+    A block is block_size images, drawn with replacement, and a random v for each, uniform in the ball; its
+    maxima are the largest gradient norm, and the largest bracket of (5) at each radius.  A GEV distribution is
+    fitted to the blocks' maxima; L and omega are the values that it exceeds with probability p, and never less
+    than the largest value seen.  x + v may leave [0, 1].  `gevs[i].status` says whether a fit is to be trusted.
+    Cost: blocks * block_size * (K + 1) images forward (plus `default_radii` without eps), and one in K + 1 of
+    them backward.
+    """
+    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else eps.to(images)
+    model, images = _precise(model, images, eps, norm)
+    maxima, cost = [], block_size * (len(eps) + 1)
+    for block in range(blocks):
+        index = torch.randint(len(images), (block_size,), generator=generator, device=images.device)
+        x, loss_fn = images[index], _loss_fn(model, labels[index], topk, loss)
+        start, grad = input_gradient(loss_fn, x)
+        v = sample_ball(x, norm, generator)
+        slope = (v * grad).flatten(1).sum(1)
+        with torch.no_grad():
+            brackets = [(loss_fn(x + r * v) - start - r * slope).max() for r in eps.tolist()]  # eq. (5)
+        maxima.append(torch.stack([dual_norm(grad, norm).max(), *brackets]))
+        _report(progress, (block + 1) * cost, blocks * cost)
+    gevs = tuple(fit_gev(column) for column in torch.stack(maxima, 1).double().cpu().numpy())
+    lipschitz, *omega = (gev.level(p) for gev in gevs)
+    omega = eps.new_tensor(omega).clamp_min(0)  # v = 0 is in every ball
+    return Estimate("sampling", norm, topk, loss, lipschitz, eps, omega, blocks * cost, gevs)
+
+
+def estimate_by_ascent(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    eps: Tensor | None = None,
+    topk: int = 1,
+    loss: Loss = "logits",
+    steps: int = 10,
+    restarts: int = 1,
+    known: Sequence[Tensor] = (),
+    batch_size: int = 512,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Estimate:
+    """The largest values that gradient ascent finds, among the images that are classified correctly.
+
+    The proof of Prop. 2.2 uses (5) only through (6), and adversarial images lie in [0, 1], so it holds with
+        omega'(eps) = sup over x, ||v|| <= eps, x + v in [0, 1] of  l(x + v) - l(x) - ||v|| ||g||_*  <= omega(eps)
+        L' = sup over the same of  (l(x + v) - l(x)) / ||v||  <= L.
+    Both are read off projected gradient ascent on l in the ball of each radius, from the best point of the radius
+    before (at first +g), from `restarts` random points, and from `known`: tensors of adversarial images, each
+    like images, with the image itself where there is none.  What is guaranteed: at each radius, a fresh image
+    exceeds omega' with probability 1 / (m + 1) at most, m the number of correct images, as far as the same ascent
+    can see.  What is not: that ascent sees everything.
+    Cost: K (1 + restarts + known) (steps + 1) + 1 forward passes per image (and 1 in `default_radii` without
+    eps), nearly as many backward.
+    """
+    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else eps.to(images)
+    model, images = _precise(model, images, eps, norm)
+    each = len(eps) * (1 + restarts + len(known)) * (steps + 1) + 1
+    found, done = [], 0
+    for rows in torch.arange(len(images), device=images.device).split(batch_size):
+        points = [adversarial[rows].to(images) - images[rows] for adversarial in known]
+        loss_fn = _loss_fn(model, labels[rows], topk, loss)
+        found.append(_probe(loss_fn, images[rows], points, eps, norm, steps, restarts, generator))
+        done += len(rows)
+        _report(progress, done * each, len(images) * each)
+    losses, _, slopes, brackets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    correct = _some(losses < 0)
+    lipschitz, omega = float(slopes[correct].max()), brackets[correct].amax(0).to(eps)
+    return Estimate("ascent", norm, topk, loss, lipschitz, eps, omega, len(images) * each)
+
+
+def estimate_by_calibration(
+    margins: Margins, distances: Tensor, *, alpha: float = 0.005, exponent: float = 1.5, radii: int = 512
+) -> Estimate:
+    """The smallest L, and the smallest omega = t eps^exponent, whose bounds are false with probability <= alpha.
+
+    distances (N,): of the adversarial images that attacks found for N held-out images, infinite where they found
+    none.  Guarantee (split conformal prediction, Vovk et al. 2005): a fresh image, exchangeable with these, gets
+    a bound above the distance that the same attacks would find for it with probability at most alpha.  This is
+    an average over the draw of all the images: not a statement about each one, nor about each class.  It assumes
+    nothing of the model; the exponent, fixed beforehand, decides only how tight the bounds are (1: kinks at every
+    scale, 2: bounded curvature, Remark 2.1).
+
+    The score of an image is the smallest t at which its own bound is true, and t the conformal quantile of the
+    scores.  No omega-bound exceeds the largest distance seen.  Cost: no model call.
+    Raises ValueError for fewer than 1 / alpha - 1 images, or too few of them with a known distance.
+    """
+    gaps, grad_norms = -margins.losses.double(), margins.grad_norms.double()
+    distances = distances.to(gaps)
+    at_risk = (gaps > 0).all(1) & distances.isfinite()
+    d = distances[:, None]
+    scores = ((gaps - d * grad_norms) / d**exponent).amin(1).where(at_risk, -torch.inf)
+    slopes = (gaps / d).amin(1).where(at_risk, -torch.inf)
+    t, lipschitz = (_conformal_quantile(s, alpha) * (1 + 1e-6) for s in (scores, slopes))  # ties stay true
+    if not lipschitz > 0:
+        raise ValueError("too few distances are known: nothing to calibrate with")
+    known = distances[at_risk & (distances > 0)]
+    limits = math.log10(float(known.min()) / 100), math.log10(float(known.max()))
+    eps = torch.logspace(*limits, radii, dtype=d.dtype, device=d.device)
+    omega = max(t, 0.0) * eps**exponent
+    settings = margins.norm, margins.topk, margins.loss
+    return Estimate("calibration", *settings, lipschitz, eps, omega, rivals=margins.losses.shape[1])
+
+
+class OmegaStatistics(NamedTuple):
+    """What a training run logs: omega (K floats), the mean and the largest gradient norm of the margin."""
+
+    omega: list[float]
+    grad_norm_mean: float
+    grad_norm_max: float
+
+
+def omega_statistics(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    eps: Sequence[float],
+    topk: int = 1,
+    loss: Loss = "probabilities",
+    steps: int = 3,
+) -> OmegaStatistics:
+    """omega' of `estimate_by_ascent` at increasing radii, over all images, correct or not: a cheap indicator.
+
+    One ascent from +g, carried on from radius to radius: K (steps + 1) + 1 forward passes of the whole batch.
+    """
+    radii = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
+    model, images = _precise(model, images, radii, norm)
+    loss_fn = _loss_fn(model, labels, topk, loss)
+    _, grad_norms, _, brackets = _probe(loss_fn, images, [], radii, norm, steps, 0, None)
+    return OmegaStatistics(brackets.amax(0).tolist(), float(grad_norms.mean()), float(grad_norms.max()))
+
+
+def default_radii(
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, count: int = 24
+) -> Tensor:
+    """Radii (count,), geometric, from 1/20 of to 4 times the median distance to where the linearised margin is 0."""
+    m = margins(model, images, labels, norm=norm, topk=topk)
+    median = (-m.losses / m.grad_norms)[_some(m.losses < 0)].median()
+    return median * torch.logspace(math.log10(1 / 20), math.log10(4), count).to(images)
+
+
+def _some(correct: Tensor) -> Tensor:
+    if not correct.any():
+        raise ValueError("no image is classified correctly: there is nothing to bound")
+    return correct
+
+
+def _conformal_quantile(scores: Tensor, alpha: float) -> float:
+    """The k-th largest of n, k = floor(alpha (n + 1)): a fresh score exceeds it with probability <= alpha."""
+    k = math.floor(alpha * (len(scores) + 1) * (1 + 1e-12))
+    if k < 1:
+        raise ValueError(f"alpha = {alpha} needs {math.ceil(1 / alpha) - 1} images or more, not {len(scores)}")
+    return float(scores.topk(k).values[-1])
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done, total)
+
+
+def _loss_fn(model: Model, labels: Tensor, topk: int, loss: Loss) -> LossFn:
+    return lambda x: margin_loss(model(x), labels, topk, loss=loss)
+
+
+def _precise(model: Model, images: Tensor, eps: Tensor, norm: Norm) -> tuple[Model, Tensor]:
+    """Float64 where a radius is below 1e-2 in l2: the bracket of (5) cancels digits (float32: 40x off at 1e-4)."""
+    _refuse_training(model)
+    smallest = float(eps.min()) * (math.sqrt(images[0].numel()) if norm == "linf" else 1)
+    if smallest >= 1e-2 or images.dtype == torch.float64:
+        return model, images
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError("radii below 1e-2 need float64: pass a torch.nn.Module, or float64 images")
+    return copy.deepcopy(model).double(), images.double()
+
+
+def _refuse_training(model: Model) -> None:
+    if isinstance(model, torch.nn.Module) and any(part.training for part in model.modules()):
+        raise ValueError("the model is in training mode: call model.eval() first")
+
+
+# --- points in balls ---------------------------------------------------------------------------------------
+
+
+def _probe(loss_fn, x, points, eps, norm, steps, restarts, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ascend at every radius: l(x) (N,), ||g||_* (N,), the largest slopes (N,) and brackets (N, K) met."""
+    start, grad = input_gradient(loss_fn, x)
+    grad_norms = dual_norm(grad, norm)
+    slopes, brackets = grad_norms.clone(), x.new_zeros(len(x), len(eps))  # v = 0: neither can be less
+
+    def record(v: Tensor, losses: Tensor) -> None:
+        r, rise = _vector_norm(v, norm), losses - start
+        slopes.copy_(torch.maximum(slopes, torch.where(r > 1e-3 * eps[0], rise / r, 0)))  # rounding over r
+        bracket = (rise - r * grad_norms)[:, None].where(r[:, None] <= eps, 0)  # every larger ball holds v
+        brackets.copy_(torch.maximum(brackets, bracket))
+
+    best = _steepest(grad, norm)
+    for radius in eps.tolist():
+        highest = torch.full_like(start, -torch.inf)
+        onward = best * (radius / _column(_vector_norm(best, norm).clamp_min(1e-30), x))
+        random = [radius * sample_ball(x, norm, generator) for _ in range(restarts)]
+        for first in (onward, *random, *points):
+            for v, losses in _ascend(loss_fn, x, first, radius, norm, steps):
+                record(v, losses)
+                best = torch.where(_column(losses > highest, x), v, best)
+                highest = torch.maximum(losses, highest)
+    return start, grad_norms, slopes, brackets
+
+
+def _ascend(loss_fn: LossFn, x: Tensor, v: Tensor, radius: float, norm: Norm, steps: int):
+    """Projected gradient ascent on l with linearly shrinking steps: yields v and l(x + v), steps + 1 times."""
+    for step in range(steps):
+        v = _project(x, v, radius, norm)
+        losses, grad = input_gradient(loss_fn, x + v)
+        yield v, losses
+        v = v + radius * (1 - step / steps) * _steepest(grad, norm)
+    v = _project(x, v, radius, norm)
+    with torch.no_grad():
+        losses = loss_fn(x + v)
+    yield v, losses
+
+
+def _project(x: Tensor, v: Tensor, radius: float, norm: Norm) -> Tensor:
+    """v in the ball and x + v in [0, 1]: clipping shortens v in every norm, because x is in [0, 1]."""
+    radius = radius * (1 - 1e-6)  # so that rounding does not push v out of its ball
+    if norm == "linf":
+        v = v.clamp(-radius, radius)
+    elif norm == "l2":
+        v = v * (radius / _column(_vector_norm(v, norm), v).clamp_min(1e-30)).clamp(max=1)
+    else:
+        v = _project_l1(v.flatten(1), radius).view_as(v)
+    return (x + v).clamp(0, 1) - x
+
+
+def _project_l1(v: Tensor, radius: float) -> Tensor:
+    """The nearest point of the l1 ball, for the rows of v (N, n): soft thresholding (Duchi et al. 2008)."""
+    sizes = v.abs().sort(1, descending=True).values
+    excess = (sizes.cumsum(1) - radius) / torch.arange(1, v.shape[1] + 1, device=v.device)
+    threshold = excess.amax(1, keepdim=True).clamp_min(0)
+    return v.sign() * (v.abs() - threshold).clamp_min(0)
+
+
+def _steepest(grad: Tensor, norm: Norm) -> Tensor:
+    """A step of length 1 (0 where grad is 0), steepest in the attack's norm; for l1 over a tenth of the pixels.
+
+    The steepest l1 step moves a single pixel, and ascent by single pixels does not get far.
+    """
+    if norm == "l1":
+        flat = grad.flatten(1)
+        cut = flat.abs().topk(math.ceil(flat.shape[1] / 10), dim=1).values[:, -1:]
+        kept = flat.sign().where(flat.abs() >= cut, 0)
+        return (kept / kept.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
+    return direction(grad, norm) * (math.sqrt(grad[0].numel()) if norm == "linf" else 1)
+
+
+def sample_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform points of the unit ball of the norm, one for each row of `like` (N, ...)."""
+    n, d = like.flatten(1).shape
+    options = {"dtype": like.dtype, "device": like.device, "generator": generator}
+    if norm == "linf":
+        v = torch.rand(n, d, **options) * 2 - 1
+    elif norm == "l2":
+        v = torch.randn(n, d, **options)
+        v = v / v.norm(dim=1, keepdim=True) * torch.rand(n, 1, **options) ** (1 / d)
+    else:  # d of d + 1 exponentials over their sum are the spacings of uniform numbers; signs at random
+        e = -torch.rand(n, d + 1, **options).clamp_min(1e-30).log()
+        v = torch.randn(n, d, **options).sign() * e[:, :d] / e.sum(1, keepdim=True)
+    return v.view_as(like)
+
+
+def _vector_norm(v: Tensor, norm: Norm) -> Tensor:
+    return torch.linalg.vector_norm(v.flatten(1), {"l2": 2, "linf": math.inf, "l1": 1}[norm], dim=1)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# --- extreme values ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GEV:
+    """Generalized extreme value distribution: P(M <= z) = exp(-(1 + xi (z - loc) / scale)^(-1 / xi)).
+
+    xi has the textbooks' sign (scipy's c is -xi): positive for heavy tails, negative for a finite endpoint.
+    maxima: the sample, sorted.  status: "ok"; "constant", all equal, and the distribution is that point;
+    "capped", more than a tenth of the sample is tied at the top, as if something cut it off; "limit", xi near -1,
+    where the likelihood has no maximum.  Only "ok" supports extrapolation.
+    """
+
+    xi: float
+    loc: float
+    scale: float
+    maxima: np.ndarray
+    status: str
+
+    @property
+    def endpoint(self) -> float:
+        """The largest possible value; infinite unless xi < 0."""
+        return self.loc - self.scale / self.xi if self.xi < 0 else math.inf
+
+    def quantile(self, p):
+        """The value that a maximum exceeds with probability p (float or array): the return level of 1/p blocks."""
+        return self.loc + self.scale * _standard_quantile(p, self.xi)
+
+    def level(self, p: float) -> float:
+        """`quantile(p)`, but never less than the largest value seen."""
+        return max(float(self.quantile(p)), float(self.maxima[-1]))
+
+    def interval(self, p: float, level: float = 0.95) -> tuple[float, float]:
+        """Profile-likelihood interval of quantile(p); infinite above when nothing in the sample limits it.
+
+        The values z at which the best log-likelihood under quantile(p) = z is within chi2_1(level) / 2 of the
+        best of all (Coles 2001, Section 2.6.6).
+        """
+        if self.scale == 0:
+            return self.loc, self.loc
+        sample = (self.maxima - self.loc) / self.scale  # the fit has loc 0 and scale 1 in these units
+        centre = float(_standard_quantile(p, self.xi))
+        allowed = _negative_log_likelihood([self.xi, 0, 0], sample) + scipy.stats.chi2.ppf(level, 1) / 2
+        ends = [_crossing(lambda z: _profile(z, p, sample, self.xi) - allowed, centre, sign) for sign in (-1, 1)]
+        return self.loc + self.scale * ends[0], self.loc + self.scale * ends[1]
+
+
+def fit_gev(maxima) -> GEV:
+    """Maximum likelihood with xi >= -1; equivariant: the fit of a + b maxima is a + b times the fit.
+
+    The sample is standardised first (scipy.stats.genextreme.fit is not, and fails silently on small numbers);
+    the search starts from L-moments.  Raises ValueError for fewer than 5 maxima or a non-finite one.
+    """
+    maxima = np.sort(np.asarray(maxima, dtype=float))
+    if maxima.ndim != 1 or len(maxima) < 5 or not np.isfinite(maxima).all():
+        raise ValueError("a GEV fit needs 5 finite maxima or more, in one dimension")
+    centre, spread = maxima.mean(), maxima.std()
+    if spread <= 1e-12 * np.abs(maxima).max():
+        return GEV(0.0, float(maxima[-1]), 0.0, maxima, "constant")
+    sample = (maxima - centre) / spread
+    xi, loc, log_scale = _minimise(_negative_log_likelihood, _gumbel(sample), sample).x
+    capped = (maxima == maxima[-1]).sum() > max(1, len(maxima) / 10)
+    status = "capped" if capped else "limit" if xi < -0.99 else "ok"
+    return GEV(float(xi), float(centre + spread * loc), float(spread * math.exp(log_scale)), maxima, status)
+
+
+def _gumbel(sample: np.ndarray) -> np.ndarray:
+    """(xi = 0, loc, log scale) of the Gumbel distribution with the L-moments of a sorted sample (Hosking 1990).
+
+    Its support is the whole line, so every sample is possible under it: a start that is never infeasible.
+    """
+    n, mean = len(sample), sample.mean()
+    scale = (2 * (np.arange(n) * sample).sum() / (n * (n - 1)) - mean) / math.log(2)
+    return np.array([0.0, mean - np.euler_gamma * scale, math.log(scale)])
+
+
+def _minimise(objective, start, *args, tol: float = 1e-9):
+    """Nelder-Mead, and once more from where it stopped: the first simplex sometimes collapses early."""
+    options = {"xatol": tol, "fatol": tol, "maxiter": 4000, "maxfev": 4000}
+    for _ in range(2):
+        simplex = np.vstack([start, start + 0.1 * np.eye(len(start))])
+        options["initial_simplex"] = simplex
+        result = scipy.optimize.minimize(objective, start, args, method="Nelder-Mead", options=options)
+        start = result.x
+    return result
+
+
+def _negative_log_likelihood(x, sample: np.ndarray) -> float:
+    """Of x = (xi, loc, log scale); 1e300 for xi < -1 and where the sample leaves the support."""
+    xi, loc, log_scale = x
+    if xi < -1 or abs(log_scale) > 50:
+        return 1e300
+    z = (sample - loc) / math.exp(log_scale)
+    if (1 + xi * z).min() <= 0:
+        return 1e300
+    y = z if abs(xi) < 1e-9 else np.log1p(xi * z) / xi
+    return min(1e300, len(sample) * log_scale + (1 + xi) * y.sum() + np.exp(np.minimum(-y, 600)).sum())
+
+
+def _standard_quantile(p, xi: float):
+    """The value that the GEV with loc 0 and scale 1 exceeds with probability p."""
+    gumbel = -np.log(-np.log1p(-np.asarray(p, dtype=float)))
+    return gumbel if abs(xi) < 1e-9 else np.expm1(xi * gumbel) / xi
+
+
+def _profile(z: float, p: float, sample: np.ndarray, xi: float) -> float:
+    """The smallest negative log-likelihood of the distributions with quantile(p) = z, over xi and log scale."""
+
+    def objective(x) -> float:
+        loc = z - math.exp(min(x[1], 50)) * _standard_quantile(p, x[0])
+        return _negative_log_likelihood([x[0], loc, x[1]], sample)
+
+    starts = [np.array([k, s]) for k in (xi, xi - 0.2, xi + 0.2, 0.0) for s in (-0.3, 0.0, 0.5)]
+    return _minimise(objective, min(starts, key=objective), tol=1e-5).fun
+
+
+def _crossing(excess, centre: float, sign: int) -> float:
+    """Where excess, negative at the centre, becomes positive on one side of it; infinite if it never does."""
+    for k in range(-3, 30):
+        if excess(centre + sign * 2.0**k) > 0:
+            return scipy.optimize.brentq(excess, centre, centre + sign * 2.0**k, rtol=1e-4)
+    return sign * math.inf
+
+
+# --- randomized smoothing ----------------------------------------------------------------------------------
+
+
+class Certificates(NamedTuple):
+    """classes (N,) that the smoothed classifier predicts, -1 where it abstains; radii (N,) in l2, 0 there; cap."""
+
+    classes: Tensor
+    radii: Tensor
+    cap: float
+
+
+def certify_smoothing(
+    model: Model,
+    images: Tensor,
+    *,
+    sigma: float,
+    n0: int = 100,
+    n: int = 10_000,
+    alpha: float = 1e-3,
+    batch_size: int = 1000,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Certificates:
+    """The smoothed classifier is constant in each l2 ball returned, with probability 1 - alpha for each image.
+
+    That classifier is argmax_c P(model(x + sigma N(0, 1)) = c), and the certificate is about it alone (CERTIFY of
+    Cohen et al. 2019).  n0 samples choose the class, n fresh ones give a one-sided Clopper-Pearson lower bound pA
+    of its probability; the radius is sigma Phi^-1(pA), and where pA <= 1/2 it abstains.  However robust the
+    classifier, no radius exceeds cap = sigma Phi^-1(alpha^(1/n)).  x + noise may leave [0, 1], as in training
+    with noise.  Cost: n0 + n forward passes per image.
+    """
+    _refuse_training(model)
+    classes, lower = [], []
+    for done, image in enumerate(images, start=1):
+        chosen = int(_count_classes(model, image, n0, sigma, batch_size, generator).argmax())
+        hits = int(_count_classes(model, image, n, sigma, batch_size, generator)[chosen])
+        classes.append(chosen)
+        lower.append(float(scipy.stats.beta.ppf(alpha, hits, n - hits + 1)) if hits else 0.0)
+        _report(progress, done * (n0 + n), len(images) * (n0 + n))
+    radii = sigma * torch.special.ndtri(torch.tensor(lower, dtype=torch.float64))
+    cap = sigma * float(scipy.special.ndtri(alpha ** (1 / n)))
+    return Certificates(torch.tensor(classes).where(radii > 0, -1), radii.clamp_min(0), cap)
+
+
+def _count_classes(model, image: Tensor, n: int, sigma: float, batch_size: int, generator) -> Tensor:
+    """How often each class is predicted for n noisy copies of an image (classes,)."""
+    counts = torch.zeros((), dtype=torch.long)
+    for done in range(0, n, batch_size):
+        shape = (min(batch_size, n - done), *image.shape)
+        noise = torch.randn(shape, generator=generator, device=image.device, dtype=image.dtype)
+        with torch.no_grad():
+            logits = model(image + sigma * noise)
+        counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu()
+    return counts

@@ -1,0 +1,104 @@
+"""Exact answers to test against: small networks trained on digits, and the true linf distance of each image.
+
+The oracle is a certificate, not an attack: nine mixed-integer linear programs (one per wrong class) say how
+near the nearest misclassified image is.  Every lower bound must stay below it, every attack above it.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+import gradreg
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images (1797, 64), float32 in [0, 1], and labels (1797,), in one fixed shuffled order."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+
+
+@cache
+def digits_mlp(seed: int, lam: float = 0.0, hidden: int = 20, norm: str = "linf") -> torch.nn.Sequential:
+    """Linear(64, hidden), ReLU, Linear(hidden, 10) trained on the first half of `digits`; evaluation mode.
+
+    The objective is eq. (8) with `gradreg.fd_penalty`.  Deterministic in its arguments, about a second of
+    training; the network is shared between callers, so do not change it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(64, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 10))
+    images, labels = (part[:898] for part in digits())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        for batch in torch.randperm(len(images), generator=generator).split(64):
+            loss_fn = lambda x, y=labels[batch]: gradreg.cross_entropy(model(x), y)  # noqa: E731
+            penalised = gradreg.fd_penalty(loss_fn, images[batch], norm=norm, h=0.01)
+            optimizer.zero_grad()
+            penalised.objective(lam).backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def exact_linf_distance(network: torch.nn.Sequential, image: Tensor, label: int, *, upper: float) -> float:
+    """min(upper, linf distance from image (d,) to the nearest x in [0, 1]^d that is not classified as label).
+
+    Exact to the solver's tolerance (1e-6) for Sequential(Linear, ReLU, Linear); ties count as misclassified,
+    so 0 for an image that is misclassified already.  Any `upper` gives a true statement; one that an attack
+    found makes it fast, because every program is bounded by the smallest distance known so far.
+    """
+    first, _, last = network
+    w1, b1, w2, b2 = (p.detach().double().numpy() for p in (first.weight, first.bias, last.weight, last.bias))
+    x = image.detach().double().numpy()
+    logits = w2 @ np.maximum(w1 @ x + b1, 0) + b2
+    others = [t for t in np.argsort(-logits) if t != label]
+    if logits[others[0]] >= logits[label]:
+        return 0.0
+    for target in others:  # most likely class first: it shrinks the box of all that follow
+        upper = min(upper, _distance_to(w1, b1, w2[target] - w2[label], b2[target] - b2[label], x, upper))
+    return float(upper)
+
+
+def _distance_to(w1, b1, w, b, x0, upper: float) -> float:
+    """min r such that |x - x0| <= r <= upper, x in [0, 1]^d and w . relu(w1 x + b1) + b >= 0; inf if none.
+
+    Variables (x, h, z, r).  h = relu(w1 x + b1) by the usual inequalities, with z binary (1: active) and
+    interval bounds low <= w1 x + b1 <= high over the box.
+    """
+    hidden, d = w1.shape
+    left, right = np.maximum(x0 - upper, 0), np.minimum(x0 + upper, 1)
+    centre, radius = w1 @ (left + right) / 2 + b1, np.abs(w1) @ (right - left) / 2
+    low, high = centre - radius, centre + radius
+    eye_d, eye_h = np.eye(d), np.eye(hidden)
+    zero_dh, zero_hd = np.zeros((d, hidden)), np.zeros((hidden, d))
+    column_d, column_h = np.ones((d, 1)), np.zeros((hidden, 1))
+    rows = np.block(
+        [
+            [eye_d, zero_dh, zero_dh, -column_d],  # x - r <= x0
+            [-eye_d, zero_dh, zero_dh, -column_d],  # -x - r <= -x0
+            [w1, -eye_h, 0 * eye_h, column_h],  # w1 x + b1 <= h
+            [-w1, eye_h, np.diag(-np.minimum(low, 0)), column_h],  # h <= w1 x + b1 - low (1 - z)
+            [zero_hd, eye_h, np.diag(-np.maximum(high, 0)), column_h],  # h <= high z
+            [np.zeros((1, d)), -w[None], np.zeros((1, hidden)), np.zeros((1, 1))],  # -w h <= b
+        ]
+    )
+    limits = np.concatenate([x0, -x0, -b1, b1 - np.minimum(low, 0), np.zeros(hidden), [b]])
+    bounds = Bounds(
+        np.concatenate([left, np.zeros(hidden), low > 0, [0]]),
+        np.concatenate([right, np.maximum(high, 0), high > 0, [upper]]),
+    )
+    solution = milp(
+        np.concatenate([np.zeros(d + 2 * hidden), [1]]),
+        constraints=LinearConstraint(rows, -np.inf, limits),
+        integrality=np.concatenate([np.zeros(d + hidden), np.ones(hidden), [0]]),
+        bounds=bounds,
+        options={"mip_rel_gap": 1e-6},
+    )
+    if solution.status not in (0, 2):  # solved, infeasible
+        raise RuntimeError(f"the oracle's solver gave up: {solution.message}")
+    return solution.x[-1] if solution.status == 0 else np.inf

@@ -1,0 +1,790 @@
+"""Bounds against closed forms, exact distances and simulation; GEV fits; smoothing against its known radius."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import digits, digits_mlp, exact_linf_distance
+from torch import nn
+
+import attacks
+import bounds
+from bounds import (
+    Estimate,
+    certify_smoothing,
+    estimate_by_ascent,
+    estimate_by_calibration,
+    estimate_by_sampling,
+    fit_gev,
+    invert_omega,
+    lipschitz_bound,
+    margin_loss,
+    margins,
+    omega_bound,
+    omega_statistics,
+    sample_ball,
+    violations,
+)
+
+NORMS = ("l2", "linf", "l1")
+ORDER = {"l2": 2, "linf": math.inf, "l1": 1}
+DUAL = {"l2": 2, "linf": 1, "l1": math.inf}
+seeds, norms = st.integers(0, 2**32 - 1), st.sampled_from(NORMS)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_network(weight, bias, dtype=torch.float64):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(weight.shape[1], weight.shape[0], dtype=dtype))
+    with torch.no_grad():
+        network[1].weight.copy_(weight)
+        network[1].bias.copy_(bias)
+    return network.eval()
+
+
+def two_class_line(seed, d=6):
+    """A linear two-class network, images well inside [0, 1], labels it agrees with, its margin and w."""
+    draw = generator(seed)
+    w = torch.randn(d, generator=draw, dtype=torch.float64)
+    images = 0.4 + 0.2 * torch.rand(40, d, generator=draw, dtype=torch.float64)
+    bias = -(images.mean(0) @ w)
+    network = linear_network(torch.stack([torch.zeros_like(w), w]), torch.stack([0 * bias, bias]))
+    signed = images @ w + bias
+    return network, images, (signed > 0).long(), signed.abs(), w
+
+
+class Paraboloid(nn.Module):
+    """Margin of label 0: curvature / 2 ||x - centre||^2 - depth, whose omega(eps) is curvature eps^2 / 2 in l2."""
+
+    def __init__(self, curvature, depth, d=5, centre=0.5):
+        super().__init__()
+        self.curvature, self.depth = curvature, depth
+        self.register_buffer("centre", torch.full((d,), centre))
+
+    def forward(self, x):
+        margin = self.curvature / 2 * (x - self.centre).square().sum(1) - self.depth
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+
+class Counted(nn.Module):
+    """Counts the images sent forward and those that gradients come back for."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.forwards, self.backwards = network, 0, 0
+
+    def forward(self, x):
+        self.forwards += len(x)
+        if x.requires_grad:
+            x = x * 1
+            x.register_hook(self.count)
+        return self.network(x)
+
+    def count(self, grad):
+        self.backwards += len(grad)
+
+
+# --- losses and margins ------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 4), st.sampled_from(["probabilities", "logits"]))
+def test_margin_loss_is_negative_exactly_when_the_label_is_in_the_top_k(seed, k, loss):
+    logits = 3 * torch.randn(50, 6, generator=generator(seed), dtype=torch.float64)
+    labels = torch.arange(50) % 6
+    values = margin_loss(logits, labels, k, loss=loss)
+    in_top = (logits.topk(k, dim=1).indices == labels[:, None]).any(1)
+    assert torch.equal(values < 0, in_top)
+    scores = logits.softmax(1) if loss == "probabilities" else logits
+    for row, label, value in zip(scores.tolist(), labels.tolist(), values.tolist(), strict=True):
+        others = sorted(row[:label] + row[label + 1 :], reverse=True)
+        assert value == pytest.approx(others[k - 1] - row[label], abs=1e-12)
+
+
+def test_margin_loss_of_a_tie_is_not_negative_and_other_losses_are_refused():
+    assert margin_loss(torch.tensor([[1.0, 1.0]]), torch.tensor([0])).item() == 0
+    with pytest.raises(ValueError, match="probabilities or logits"):
+        margin_loss(torch.zeros(1, 2), torch.tensor([0]), loss="cross-entropy")
+
+
+@given(seeds, norms, st.integers(1, 2))
+def test_margins_of_a_linear_network_are_those_of_its_weights(seed, norm, topk):
+    draw = generator(seed)
+    weight, bias = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((5, 7), (5,)))
+    images = torch.rand(11, 7, generator=draw, dtype=torch.float64)
+    labels = torch.arange(11) % 5
+    found = margins(linear_network(weight, bias), images, labels, norm=norm, topk=topk, rivals=3, batch_size=4)
+    logits = images @ weight.T + bias
+    order = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+    for j in range(3):
+        rival = order[:, topk - 1 + j]
+        difference = torch.linalg.vector_norm(weight[rival] - weight[labels], DUAL[norm], dim=1)
+        torch.testing.assert_close(found.grad_norms[:, j], difference)
+        gap = (logits.gather(1, rival[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+        torch.testing.assert_close(found.losses[:, j], gap)
+    assert torch.equal(found[3:5].losses, found.losses[3:5])
+
+
+def test_a_model_in_training_mode_is_refused_by_all():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout()).eval()
+    network[2].train()
+    images, labels = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
+    for call in (
+        lambda: margins(network, images, labels, norm="l2"),
+        lambda: estimate_by_ascent(network, images, labels, norm="l2", eps=torch.tensor([0.5])),
+        lambda: estimate_by_sampling(network, images, labels, norm="l2", eps=torch.tensor([0.5])),
+        lambda: omega_statistics(network, images, labels, norm="l2", eps=[0.5]),
+        lambda: certify_smoothing(network, images, sigma=1.0),
+    ):
+        with pytest.raises(ValueError, match="training mode"):
+            call()
+
+
+# --- Proposition 2.2 ---------------------------------------------------------------------------------------
+
+
+def random_modulus(draw, k=7):
+    eps = torch.rand(k, generator=draw, dtype=torch.float64).cumsum(0)
+    return eps, torch.rand(k, generator=draw, dtype=torch.float64).cumsum(0) - 0.2
+
+
+@given(seeds)
+def test_inversion_is_the_largest_radius_that_passes(seed):
+    """Against a scan of radii: r ||g|| + omega(the next radius of the table) <= gap."""
+    draw = generator(seed)
+    eps, omega = random_modulus(draw)
+    gaps, grads = 4 * torch.rand(2, 20, generator=draw, dtype=torch.float64) - 0.2
+    grads = grads.abs()
+    found = invert_omega(gaps, grads, eps, omega)
+    scan = torch.linspace(0, float(eps[-1]), 4001, dtype=torch.float64)[1:]
+    at = omega[torch.searchsorted(eps, scan).clamp(max=len(eps) - 1)]
+    passes = scan * grads[:, None] + at <= gaps[:, None]
+    expected = torch.where(passes, scan, 0).amax(1)
+    torch.testing.assert_close(found, expected, atol=float(eps[-1]) / 4000 + 1e-9, rtol=0)
+    assert (found >= expected - 1e-12).all()
+
+
+@given(seeds)
+def test_inversion_is_monotone_in_gap_gradient_and_omega(seed):
+    draw = generator(seed)
+    eps, omega = random_modulus(draw)
+    gaps, grads, more = 3 * torch.rand(3, 20, generator=draw, dtype=torch.float64)
+    found = invert_omega(gaps, grads, eps, omega)
+    assert (invert_omega(gaps + more, grads, eps, omega) >= found).all()
+    assert (invert_omega(gaps, grads + more, eps, omega) <= found).all()
+    for bump in torch.rand(5, len(eps), generator=draw, dtype=torch.float64):
+        assert (invert_omega(gaps, grads, eps, omega + bump) <= found).all()
+
+
+@given(seeds, st.floats(1, 3))
+def test_steps_are_never_above_the_truth_where_omega_is_convex(seed, power):
+    """The step inversion of a table is below the exact inversion, and below linear interpolation."""
+    draw = generator(seed)
+    eps = torch.rand(6, generator=draw, dtype=torch.float64).cumsum(0)
+    gaps, grads = 3 * torch.rand(2, 30, generator=draw, dtype=torch.float64)
+    fine = torch.linspace(0, float(eps[-1]), 20001, dtype=torch.float64)[1:]
+    exact = invert_omega(gaps, grads, fine, fine**power)
+    steps = invert_omega(gaps, grads, eps, eps**power)
+    assert (steps <= exact + float(eps[-1]) / 20000).all()
+    table = [torch.cat([torch.zeros(1, dtype=torch.float64), column]).numpy() for column in (eps, eps**power)]
+    linear = invert_omega(gaps, grads, fine, torch.tensor(np.interp(fine.numpy(), *table)))
+    assert (steps <= linear + float(eps[-1]) / 20000).all()
+
+
+def test_inversion_at_the_edges():
+    eps, omega = torch.tensor([0.5, 1.0]), torch.tensor([0.3, 0.1])  # not nested: made non-decreasing
+    gaps = torch.tensor([-1.0, 0.0, 0.2, 0.3, 0.4, 9.0, 9.0, math.nan])
+    grads = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    torch.testing.assert_close(invert_omega(gaps, grads, eps, omega), expected)
+    with pytest.raises(ValueError, match="increase"):
+        invert_omega(gaps, grads, eps.flip(0), omega)
+
+
+@given(seeds, norms)
+def test_a_linear_margin_has_no_omega_and_its_bounds_are_the_exact_distances(seed, norm):
+    network, images, labels, gaps, w = two_class_line(seed)
+    exact = gaps / torch.linalg.vector_norm(w, DUAL[norm])
+    eps = torch.linspace(0.01, 2, 5) * exact.max()
+    estimate = estimate_by_ascent(network, images, labels, norm=norm, eps=eps, steps=2, generator=generator())
+    found = margins(network, images, labels, norm=norm)
+    assert estimate.omega.abs().max() < 1e-9
+    assert estimate.lipschitz == pytest.approx(torch.linalg.vector_norm(w, DUAL[norm]).item(), rel=1e-6)
+    for bound in (omega_bound(found, estimate), lipschitz_bound(found, estimate)):
+        torch.testing.assert_close(bound, exact, rtol=1e-5, atol=1e-8)
+
+
+@given(seeds, norms)
+def test_exact_moduli_of_a_linear_softmax_never_give_a_false_bound(seed, norm):
+    """l = -tanh(u / 2), u the logits' margin: L and omega are suprema over one real variable, taken on a grid."""
+    network, images, labels, gaps, w = two_class_line(seed)
+    size = torch.linalg.vector_norm(w, DUAL[norm])
+    exact = gaps / size
+    eps = torch.logspace(-2, 0.5, 12, dtype=torch.float64) * exact.max()
+    u = torch.linspace(-10, 10, 401, dtype=torch.float64)
+    value, slope = -(u / 2).tanh(), -0.5 / (u / 2).cosh() ** 2
+    shift = eps[:, None] * size * torch.linspace(-1, 1, 81, dtype=torch.float64)
+    brackets = -((u[:, None, None] + shift) / 2).tanh() - value[:, None, None] - slope[:, None, None] * shift
+    omega = brackets.amax((0, 2)) + 1e-3  # more than the grid's error
+    estimate = Estimate("exact", norm, 1, "probabilities", float(size / 2), eps, omega)
+    found = margins(network, images, labels, norm=norm, loss="probabilities")
+    torch.testing.assert_close(found.losses[:, 0], -(gaps / 2).tanh())
+    torch.testing.assert_close(found.grad_norms[:, 0], 0.5 * size / (gaps / 2).cosh() ** 2)
+    for bound in (omega_bound(found, estimate), lipschitz_bound(found, estimate)):
+        assert violations(bound, exact).count == 0
+    assert omega_bound(found, estimate).max() > 0
+
+
+@pytest.mark.parametrize("curvature", [3.0, -3.0])
+def test_a_paraboloid_has_the_modulus_of_its_curvature(curvature):
+    model = Paraboloid(curvature, 0.3 if curvature > 0 else -0.3, centre=0.5).eval()
+    images = 0.5 + 0.1 * torch.rand(64, 5, generator=generator()) * (torch.arange(5) != 0)
+    labels = torch.zeros(64, dtype=torch.long) if curvature > 0 else torch.ones(64, dtype=torch.long)
+    eps = torch.tensor([0.05, 0.1, 0.2, 0.3])
+    # Of label 1 the margin has the opposite sign, so both models have the margin (curvature > 0: convex).
+    exact = 1.5 * eps**2
+    ascent = estimate_by_ascent(model, images, labels, norm="l2", eps=eps, steps=20, generator=generator())
+    torch.testing.assert_close(ascent.omega, exact, rtol=1e-3, atol=0)
+    assert (ascent.omega <= exact * (1 + 1e-4)).all()
+    sampled = estimate_by_sampling(
+        model, images, labels, norm="l2", eps=eps, loss="logits", blocks=30, generator=generator()
+    )
+    # Every bracket is curvature ||v||^2 / 2, and 64 points of a ball in 5 dimensions come close to its surface.
+    torch.testing.assert_close(sampled.omega, exact, rtol=2e-2, atol=0)
+    found = margins(model, images, labels, norm="l2")
+    assert sampled.lipschitz >= float(found.grad_norms.max())  # 30 blocks of 64 have seen all the images
+
+
+class Plateau(nn.Module):
+    """Margin of label 0: -1 within 0.05 of x = 0.5, and rising with slope 4 beyond: no gradient says so at 0.5."""
+
+    def forward(self, x):
+        margin = 4 * ((x[:, 0] - 0.5).abs() - 0.05).clamp_min(0) - 1
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+
+def test_ascent_sees_what_random_and_known_points_show_it():
+    images, labels, eps = torch.full((8, 1), 0.5), torch.zeros(8, dtype=torch.long), torch.tensor([0.1, 0.2, 0.4])
+    settings = {"norm": "linf", "eps": eps, "steps": 5}
+    blind = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, **settings)
+    assert blind.omega.tolist() == [0, 0, 0]
+    truth = 4 * (eps - 0.05)
+    random = estimate_by_ascent(Plateau().eval(), images, labels, generator=generator(), **settings)
+    torch.testing.assert_close(random.omega, truth, rtol=1e-4, atol=0)
+    assert random.lipschitz == pytest.approx(4 * (0.4 - 0.05) / 0.4, rel=1e-4)
+    points = torch.full((8, 1), 0.65)
+    known = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, known=[points], **settings)
+    torch.testing.assert_close(known.omega, truth, rtol=1e-4, atol=0)
+    settings["steps"] = 0  # the points themselves, and their rays from radius to radius
+    still = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, known=[points], **settings)
+    torch.testing.assert_close(still.omega, truth, rtol=1e-4, atol=0)
+
+
+def test_only_images_that_are_classified_correctly_enter_the_ascent():
+    class Cubic(nn.Module):
+        def forward(self, x):
+            margin = x[:, 0] ** 3 - 0.3
+            return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    images, eps = torch.tensor([[0.1], [0.2], [0.8]]), torch.tensor([0.1])  # the last one is misclassified
+    labels = torch.zeros(3, dtype=torch.long)
+    estimate = estimate_by_ascent(Cubic().eval(), images, labels, norm="l2", eps=eps, generator=generator())
+    assert float(estimate.omega[0]) == pytest.approx(3 * 0.2 * 0.1**2 + 0.1**3, rel=1e-3)
+    everything = omega_statistics(Cubic().eval(), images, labels, norm="l2", eps=[0.1], loss="logits")
+    assert everything.omega[0] == pytest.approx(3 * 0.8 * 0.1**2 + 0.1**3, rel=1e-3)
+
+
+def test_a_concave_margin_has_no_omega():
+    model = Paraboloid(-3.0, -0.5).eval()  # margin of label 0: 0.5 - 1.5 ||x - centre||^2
+    images = torch.cat([torch.zeros(8, 5), torch.ones(8, 5)])
+    labels = torch.zeros(16, dtype=torch.long)
+    eps = torch.tensor([0.05, 0.1, 0.2])
+    estimate = estimate_by_ascent(model, images, labels, norm="l2", eps=eps, generator=generator())
+    assert estimate.omega.abs().max() < 1e-5
+
+
+def test_small_radii_are_measured_in_float64():
+    model = Paraboloid(3.0, 0.3).eval()
+    images = (0.4 + 0.2 * torch.rand(16, 5, generator=generator())).float()
+    labels = torch.zeros(16, dtype=torch.long)
+    eps = torch.tensor([1e-5, 1e-4, 1e-3])
+    estimate = estimate_by_ascent(model, images, labels, norm="l2", eps=eps, generator=generator())
+    torch.testing.assert_close(estimate.omega, 1.5 * eps**2, rtol=1e-3, atol=0)
+    statistics = omega_statistics(model, images, labels, norm="l2", eps=eps.tolist(), loss="logits")
+    np.testing.assert_allclose(statistics.omega, 1.5 * eps.numpy() ** 2, rtol=1e-3)
+    assert model.centre.dtype == torch.float32  # the caller's model is left alone
+    with pytest.raises(ValueError, match="float64"):
+        omega_statistics(lambda x: model(x), images, labels, norm="l2", eps=[1e-5])
+
+
+def test_the_cheap_statistics_are_a_lower_estimate_of_the_ascent_and_change_nothing():
+    network, (images, labels) = copy.deepcopy(digits_mlp(0)).requires_grad_(True), digits()
+    network.zero_grad()
+    images, labels = images[898:1098], labels[898:1098]
+    eps = [0.02, 0.05, 0.1, 0.2]
+    cheap = omega_statistics(network, images, labels, norm="linf", eps=eps)
+    right = network(images).argmax(1) == labels
+    full = estimate_by_ascent(
+        network, images[right], labels[right], norm="linf", eps=torch.tensor(eps), loss="probabilities",
+        steps=20, generator=generator(),
+    )  # fmt: skip
+    alone = omega_statistics(network, images[right], labels[right], norm="linf", eps=eps)
+    assert np.all(np.diff(cheap.omega) >= 0)
+    assert np.all(np.array(alone.omega) <= full.omega.numpy() + 0.02)
+    assert np.all(np.array(alone.omega) >= 0.8 * full.omega.numpy())
+    assert np.all(np.array(cheap.omega) >= alone.omega)
+    found = margins(network, images, labels, norm="linf", loss="probabilities")
+    assert cheap.grad_norm_mean == pytest.approx(float(found.grad_norms.mean()), rel=1e-5)
+    assert cheap.grad_norm_max == pytest.approx(float(found.grad_norms.max()), rel=1e-5)
+    assert all(p.grad is None for p in network.parameters())
+
+
+# --- the guarantees ----------------------------------------------------------------------------------------
+
+
+def exact_distances(network, images, labels, upper):
+    return torch.tensor(
+        [exact_linf_distance(network, x, int(y), upper=float(u)) for x, y, u in zip(images, labels, upper, strict=True)]
+    )
+
+
+def sandwich(lam, checked):
+    """Bounds, exact distances and the attack's distances of `checked` images of digits, none of them seen before."""
+    network, (images, labels) = digits_mlp(0, lam), digits()
+    calibration, check = slice(898, 1348), slice(1348, 1348 + checked)
+    both = slice(898, check.stop)
+    attacked = attacks.smallest(network, images[both], labels[both], norm="linf", attacks=("fab",))
+    attack = attacked.distances
+    exact = exact_distances(network, images[check], labels[check], attack[450:])
+    ascent = estimate_by_ascent(
+        network, images[calibration], labels[calibration], norm="linf", known=[attacked.adversarial[:450]],
+        generator=generator(),
+    )  # fmt: skip
+    sampled = estimate_by_sampling(
+        network, images[calibration], labels[calibration], norm="linf", generator=generator()
+    )
+    logits = margins(network, images, labels, norm="linf", rivals=3)
+    calibrated = estimate_by_calibration(logits[calibration], attack[:450])
+    probabilities = margins(network, images[check], labels[check], norm="linf", loss="probabilities")
+    claims = {
+        "ascent": omega_bound(logits[check], ascent),
+        "ascent L": lipschitz_bound(logits[check], ascent),
+        "calibration": omega_bound(logits[check], calibrated),
+        "sampling": omega_bound(probabilities, sampled),
+    }
+    return claims, exact, attack[450:]
+
+
+@pytest.mark.parametrize("lam", [0.0, *(pytest.param(lam, marks=pytest.mark.slow) for lam in (0.1, 1.0))])
+def test_sandwich_bound_below_exact_distance_below_attack(lam):
+    claims, exact, attack = sandwich(lam, checked=100)
+    assert (exact <= attack + 1e-5).all()
+    found = {name: violations(claim, exact) for name, claim in claims.items()}
+    assert found["ascent"].count == 0
+    assert found["ascent L"].count == 0
+    assert found["calibration"].count <= 1
+    assert found["sampling"].count >= 5  # the paper's estimate, beside the others
+    assert found["ascent"].tightness > 0.5
+    assert found["calibration"].tightness > 0.6
+
+
+def test_calibration_keeps_its_promise_over_exchangeable_draws():
+    """Synthetic margins and distances, 300 times: false bounds on a fresh half, at most alpha of them on average."""
+    draw, alpha, n, counts = generator(0), 0.02, 149, []
+    for _ in range(300):
+        gaps = 1 + 3 * torch.rand(2 * n, 2, generator=draw)
+        grads = 1 + torch.rand(2 * n, 2, generator=draw)
+        distances = (gaps / grads).amin(1) * (0.5 + 0.7 * torch.rand(2 * n, generator=draw))
+        gaps[::20, 0], gaps[10::20, 0] = -1, 0  # misclassified, and tied
+        distances[::10] = 0
+        distances[1::10] = torch.inf  # no adversarial image was found
+        found = bounds.Margins(-gaps, grads, "l2", 1, "logits")
+        estimate = estimate_by_calibration(found[:n], distances[:n], alpha=alpha)
+        row = []
+        for bound in (omega_bound, lipschitz_bound):
+            own = violations(bound(found[:n], estimate), distances[:n])
+            assert own.count <= 2  # floor(0.02 * 150) - 1, exactly the score's rank unless the grid helps
+            row.append(violations(bound(found[n:], estimate), distances[n:]).rate)
+        counts.append(row)
+    rates = np.array(counts)
+    assert (rates.mean(0) <= alpha + 3 * rates.std(0) / math.sqrt(300)).all()
+    assert (rates.mean(0) >= alpha / 2).all()  # and it gives nothing away
+
+
+def test_calibration_takes_the_smallest_modulus_that_keeps_it():
+    draw, n = generator(3), 99
+    gaps, grads = 1 + 3 * torch.rand(n, 1, generator=draw), 1 + torch.rand(n, 1, generator=draw)
+    distances = (gaps / grads)[:, 0] * (0.5 + 0.5 * torch.rand(n, generator=draw))
+    found = bounds.Margins(-gaps, grads, "l2", 1, "logits")
+    estimate = estimate_by_calibration(found, distances, alpha=0.05, radii=20_000)
+    assert violations(omega_bound(found, estimate), distances).count <= 4
+    looser = Estimate("test", "l2", 1, "logits", 0.998 * estimate.lipschitz, estimate.eps, 0.998 * estimate.omega)
+    assert violations(omega_bound(found, looser), distances).count >= 5
+    assert violations(lipschitz_bound(found, looser), distances).count >= 5
+    assert omega_bound(found, estimate).max() <= distances.max() * (1 + 1e-9)
+    for alpha in (0.005, 0.0099):
+        with pytest.raises(ValueError, match="images or more"):
+            estimate_by_calibration(found, distances, alpha=alpha)
+    estimate_by_calibration(found, distances, alpha=0.01)  # 99 images are just enough
+    with pytest.raises(ValueError, match="too few distances"):
+        estimate_by_calibration(found, torch.full((n,), torch.inf), alpha=0.05)
+
+
+def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_probabilities():
+    """Logits times 100: the classifier is the same, its softmax gradients are gone."""
+    network, (images, labels) = copy.deepcopy(digits_mlp(0)).double(), digits()
+    images, labels = images[898:1198].double(), labels[898:1198]
+    scaled = copy.deepcopy(network)
+    scaled[2].weight.mul_(100)
+    scaled[2].bias.mul_(100)
+    distances = attacks.smallest(network, images, labels, norm="linf", attacks=("fab",)).distances
+    results = []
+    for model in (network, scaled):
+        found = margins(model, images, labels, norm="linf")
+        ascent = estimate_by_ascent(model, images, labels, norm="linf", steps=4, generator=generator())
+        calibrated = estimate_by_calibration(found, distances)
+        results.append([omega_bound(found, e) for e in (ascent, calibrated)])
+    for plain, times_100 in zip(*results, strict=True):
+        torch.testing.assert_close(plain, times_100, rtol=1e-5, atol=1e-9)
+    single = scaled.float(), images.float(), labels
+    masked = margins(*single, norm="linf", loss="probabilities")
+    assert masked.zero_gradients > 0.5
+    sampled = estimate_by_sampling(*single, norm="linf", blocks=10, generator=generator())
+    for bound in (lipschitz_bound, omega_bound):
+        with pytest.raises(bounds.MaskedGradientsError, match="exactly zero"):
+            bound(masked, sampled)
+
+
+def test_bounds_refuse_an_estimate_made_for_something_else():
+    found = bounds.Margins(torch.zeros(3, 1), torch.ones(3, 1), "l2", 1, "logits")
+    for other in (("linf", 1, "logits"), ("l2", 5, "logits"), ("l2", 1, "probabilities")):
+        estimate = Estimate("test", *other, 1.0, torch.ones(1), torch.ones(1))
+        with pytest.raises(ValueError, match="the estimate has"):
+            omega_bound(found, estimate)
+
+
+def test_a_calibration_with_several_rivals_is_not_used_with_fewer():
+    gaps, distances = torch.linspace(1, 2, 99)[:, None].expand(99, 3), torch.linspace(0.5, 1, 99)
+    found = bounds.Margins(-gaps, torch.ones(99, 3), "l2", 1, "logits")
+    estimate = estimate_by_calibration(found, distances, alpha=0.05)
+    fewer = bounds.Margins(found.losses[:, :2], found.grad_norms[:, :2], "l2", 1, "logits")
+    assert (omega_bound(found, estimate) > 0).all()
+    for bound in (omega_bound, lipschitz_bound):
+        with pytest.raises(ValueError, match="3 rivals"):
+            bound(fewer, estimate)
+
+
+def test_several_rivals_give_the_smallest_of_their_bounds():
+    losses, norms = torch.tensor([[-1.0, -1.5], [-1.0, -4.0]]), torch.tensor([[1.0, 3.0], [1.0, 1.0]])
+    found = bounds.Margins(losses, norms, "l2", 1, "logits")
+    estimate = Estimate("test", "l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
+    torch.testing.assert_close(omega_bound(found, estimate), torch.tensor([0.5, 1.0]))
+    torch.testing.assert_close(lipschitz_bound(found, estimate), torch.tensor([0.5, 0.5]))
+
+
+def test_nothing_to_bound_is_said():
+    network, images, labels, _, _ = two_class_line(0)
+    with pytest.raises(ValueError, match="no image is classified correctly"):
+        estimate_by_ascent(network, images, 1 - labels, norm="l2")
+
+
+def test_violations_by_hand():
+    found = violations(torch.tensor([0.0, 1.0, 2.0, 3.0, 1.0]), torch.tensor([0.0, 2.0, 1.0, torch.inf, 1.0]))
+    assert (found.count, found.images, found.rate, found.worst) == (1, 5, 0.2, 2.0)
+    assert found.tightness == pytest.approx(4 / 4)
+    interval = scipy.stats.beta.ppf([0.025, 0.975], [1, 2], [5, 4])
+    assert (found.low, found.high) == pytest.approx(tuple(interval), abs=1e-9)
+    assert str(found).startswith("20.00 % of bounds false (1 of 5, 95 % interval 0.51 to 71.64)")
+
+
+# --- cost --------------------------------------------------------------------------------------------------
+
+
+def test_a_bound_costs_one_forward_and_one_backward_per_image():
+    network, images, labels, _, _ = two_class_line(0)
+    model = Counted(network).eval()
+    found = margins(model, images, labels, norm="l2", batch_size=7)
+    estimate = Estimate("test", "l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
+    omega_bound(found, estimate), lipschitz_bound(found, estimate)
+    assert (model.forwards, model.backwards) == (40, 40)
+
+
+def test_sampling_reports_the_fitted_quantile_beyond_what_it_saw():
+    network, (images, labels) = digits_mlp(0), digits()
+    sampled = estimate_by_sampling(network, images, labels, norm="linf", blocks=20, p=1e-3, generator=generator())
+    levels = np.array([gev.level(1e-3) for gev in sampled.gevs])
+    np.testing.assert_allclose([sampled.lipschitz, *sampled.omega], levels, rtol=1e-5)
+    assert levels[0] > sampled.gevs[0].maxima[-1]
+    assert len(sampled.gevs[0].maxima) == 20
+
+
+def test_estimates_state_what_they_cost():
+    network, images, labels, _, _ = two_class_line(0)
+    eps, draw, steps = torch.tensor([0.1, 0.2, 0.3]), generator(), []
+    report = lambda done, total: steps.append((done, total))  # noqa: E731
+    for estimate in (
+        lambda model: estimate_by_ascent(
+            model, images, labels, norm="l2", eps=eps, known=[images], restarts=2, steps=4, batch_size=16,
+            generator=draw, progress=report,
+        ),
+        lambda model: estimate_by_sampling(
+            model, images, labels, norm="l2", eps=eps, blocks=6, block_size=8, generator=draw, progress=report
+        ),
+    ):  # fmt: skip
+        steps.clear()
+        model = Counted(network).eval()
+        assert estimate(model).calls == model.forwards
+        assert steps[-1] == (model.forwards, model.forwards)
+        assert steps == sorted(steps)
+    assert model.backwards == 6 * 8
+
+
+# --- points in balls ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("d", [1, 3, 50])
+def test_ball_samples_follow_the_radius_law(norm, d):
+    """Of a uniform point of a ball, ||v||^d is uniform on [0, 1]."""
+    v = sample_ball(torch.zeros(4000, d, dtype=torch.float64), norm, generator(d))
+    radii = torch.linalg.vector_norm(v, ORDER[norm], dim=1)
+    assert scipy.stats.kstest((radii**d).numpy(), "uniform").pvalue > 1e-3
+    assert abs(float(v.mean())) < 0.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_ball_samples_match_rejection_from_the_cube(norm):
+    cube = torch.rand(40_000, 3, generator=generator(1), dtype=torch.float64) * 2 - 1
+    inside = cube[torch.linalg.vector_norm(cube, ORDER[norm], dim=1) <= 1][:4000]
+    v = sample_ball(torch.zeros(4000, 3, dtype=torch.float64), norm, generator(2))
+    for ours, theirs in ((v[:, 0], inside[:, 0]), (v @ v.new_tensor([1, -2, 1]), inside @ v.new_tensor([1, -2, 1]))):
+        assert scipy.stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
+
+
+@given(seeds, norms, st.floats(0.01, 3))
+def test_projection_stays_in_the_ball_and_the_box_and_is_nearest(seed, norm, radius):
+    draw = generator(seed)
+    x, v = torch.rand(6, 8, generator=draw, dtype=torch.float64), torch.randn(6, 8, generator=draw, dtype=torch.float64)
+    p = bounds._project(x, v, radius, norm)
+    assert (torch.linalg.vector_norm(p, ORDER[norm], dim=1) <= radius).all()
+    assert ((x + p >= 0) & (x + p <= 1)).all()
+    if norm == "l1":
+        nearest = bounds._project_l1(v, radius)
+        others = radius * sample_ball(v.repeat(50, 1), norm, draw).view(50, 6, 8)
+        better = (others - v).norm(dim=2) < (nearest - v).norm(dim=1) - 1e-9
+        assert not better.any()
+        sizes = nearest.abs().sum(1)
+        torch.testing.assert_close(sizes, v.abs().sum(1).clamp(max=radius))
+
+
+@given(seeds, norms)
+def test_steepest_steps_have_length_one(seed, norm):
+    grad = torch.randn(5, 3, 8, generator=generator(seed), dtype=torch.float64)
+    grad[0] = 0
+    step = bounds._steepest(grad, norm)
+    sizes = torch.linalg.vector_norm(step.flatten(1), ORDER[norm], dim=1)
+    torch.testing.assert_close(sizes, torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64))
+    assert ((grad * step).flatten(1).sum(1)[1:] > 0).all()
+
+
+# --- extreme values ----------------------------------------------------------------------------------------
+
+# Annual maximum sea levels at Port Pirie, 1923-1987, in metres (Coles 2001, Section 3.4.1).
+PORT_PIRIE = [
+    4.03, 3.83, 3.65, 3.88, 4.01, 4.08, 4.18, 3.80, 4.36, 3.96, 3.98, 4.69, 3.85, 3.96, 3.85, 3.93, 3.75, 3.63, 3.57,
+    4.25, 3.97, 4.05, 4.24, 4.22, 3.73, 4.37, 4.06, 3.71, 3.96, 4.06, 4.55, 3.79, 3.89, 4.11, 3.85, 3.86, 3.86, 4.21,
+    4.01, 4.11, 4.24, 3.96, 4.21, 3.74, 3.85, 3.88, 3.66, 4.11, 3.71, 4.18, 3.90, 3.78, 3.91, 3.72, 4.00, 3.66, 3.62,
+    4.33, 4.55, 3.75, 4.08, 3.90, 3.88, 3.94, 4.33,
+]  # fmt: skip
+
+
+def test_gev_fit_agrees_with_published_values():
+    """Coles (2001): loc 3.87, scale 0.198, xi -0.050, log-likelihood 4.34; 100-year level 4.69, [4.50, 5.27]."""
+    gev = fit_gev(PORT_PIRIE)
+    assert (gev.loc, gev.scale, gev.xi) == pytest.approx((3.8747, 0.1980, -0.0501), abs=5e-4)
+    assert scipy.stats.genextreme.logpdf(PORT_PIRIE, -gev.xi, gev.loc, gev.scale).sum() == pytest.approx(4.34, abs=5e-3)
+    assert gev.quantile(0.01) == pytest.approx(4.69, abs=5e-3)
+    assert gev.interval(0.01) == pytest.approx((4.50, 5.27), abs=1e-2)
+    assert gev.status == "ok"
+
+
+def tails(low, high):
+    """xi in thousandths: scipy's own formulas lose all digits at an xi of, say, 1e-300."""
+    return st.integers(int(1000 * low), int(1000 * high)).map(lambda k: k / 1000)
+
+
+def draw_gev(xi, n, seed, loc=0.0, scale=1.0):
+    return scipy.stats.genextreme.rvs(-xi, loc, scale, size=n, random_state=seed)
+
+
+@settings(max_examples=50)
+@given(seeds, tails(-0.6, 0.8), st.integers(20, 300))
+def test_no_search_of_scipys_likelihood_finds_better(seed, xi, n):
+    """Independent density, several starts, on standardised data: our fit's likelihood is the highest with xi >= -1."""
+    sample = draw_gev(xi, n, seed)
+    gev = fit_gev(sample)
+    negative = lambda x: -scipy.stats.genextreme.logpdf(sample, -x[0], x[1], math.exp(x[2])).sum()  # noqa: E731
+    ours = negative([gev.xi, gev.loc, math.log(gev.scale)])
+    for start in ([xi, 0.0, 0.0], [0.1, np.median(sample), math.log(sample.std())]):
+        other = scipy.optimize.minimize(negative, start, method="Nelder-Mead")
+        assert ours <= other.fun + 1e-4 or other.x[0] < -1
+
+
+@given(tails(-0.9, 0.9), st.floats(1e-4, 0.5))
+def test_gev_quantiles_are_scipys(xi, p):
+    gev = bounds.GEV(xi, 1.5, 0.3, np.array([0.0]), "ok")
+    reference = scipy.stats.genextreme(-xi, 1.5, 0.3)
+    assert float(gev.quantile(p)) == pytest.approx(reference.isf(p), rel=1e-6)
+    if xi < 0:
+        assert gev.endpoint == pytest.approx(reference.support()[1])
+        assert gev.quantile(1e-12) <= gev.endpoint
+    else:
+        assert gev.endpoint == math.inf
+
+
+@settings(max_examples=25)
+@given(seeds, tails(-0.4, 0.4), st.sampled_from([1e-9, 1e-5, 1e-2, 1.0, 1e4]), st.floats(-2, 2))
+def test_gev_fit_is_equivariant(seed, xi, b, a):
+    sample = draw_gev(xi, 60, seed)
+    plain, moved = fit_gev(sample), fit_gev(a + b * sample)
+    assert moved.xi == pytest.approx(plain.xi, abs=1e-4)
+    for p in (0.1, 0.001):
+        assert (moved.quantile(p) - a) / b == pytest.approx(plain.quantile(p), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("b", [1e-5, 1e4])
+def test_gev_intervals_are_equivariant(b):
+    sample, a = draw_gev(0.1, 60, 0), 3.0
+    ends = np.array([fit_gev(sample).interval(0.01), fit_gev(a + b * sample).interval(0.01)])
+    np.testing.assert_allclose((ends[1] - a) / b, ends[0], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_heavy_and_bounded_tails_have_the_textbooks_sign(seed):
+    assert fit_gev(draw_gev(0.5, 400, seed)).xi > 0.2
+    assert fit_gev(np.random.default_rng(seed).uniform(size=(400, 50)).max(1)).xi < -0.5
+
+
+@pytest.mark.parametrize(
+    ("sample", "status"),
+    [
+        ([0.3] * 20, "constant"),
+        ([0.0] * 20, "constant"),
+        ([1.0, 2.0, 2.5, 4.0, 5.0], "ok"),
+        ([1e-3] * 10 + [2e-3] * 10, "capped"),
+        (np.minimum(draw_gev(0.0, 100, 0), 1.0), "capped"),
+        ([0.1] * 99 + [5.0], "ok"),
+        (np.round(draw_gev(0.0, 100, 1), 1), "ok"),
+        (np.append(draw_gev(-0.2, 99, 2), 100.0), "ok"),
+        (np.linspace(0, 1, 50) ** 0.2, "limit"),
+    ],
+    ids=[
+        "constant",
+        "zeros",
+        "five",
+        "two values",
+        "capped",
+        "one outlier in a constant",
+        "rounded",
+        "one outlier",
+        "limit",
+    ],
+)
+def test_awkward_samples_are_named_and_never_give_less_than_their_maximum(sample, status):
+    gev = fit_gev(sample)
+    assert math.isfinite(gev.xi + gev.loc + gev.scale)
+    assert gev.xi >= -1
+    assert gev.status == status
+    for p in (0.5, 0.01, 0.001):
+        assert math.isfinite(gev.level(p))
+        assert gev.level(p) >= np.max(sample)
+    low, high = gev.interval(0.01)
+    assert low <= gev.quantile(0.01) <= high
+
+
+def test_gev_refuses_too_little_or_nonsense():
+    for sample in ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, math.nan, 3.0, 4.0, 5.0], np.ones((5, 5))):
+        with pytest.raises(ValueError, match="5 finite maxima"):
+            fit_gev(sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xi", [-0.2, 0.0, 0.2])
+def test_intervals_cover_at_their_nominal_rate(xi):
+    truth = scipy.stats.genextreme.isf(0.01, -xi)
+    ends = np.array([fit_gev(draw_gev(xi, 100, seed)).interval(0.01, 0.9) for seed in range(200)])
+    covered = int(((ends[:, 0] <= truth) & (truth <= ends[:, 1])).sum())
+    assert scipy.stats.binomtest(covered, 200, 0.9).pvalue > 1e-3
+
+
+# --- randomized smoothing ----------------------------------------------------------------------------------
+
+
+def halfplane(seed=0, d=8):
+    draw = generator(seed)
+    w = torch.randn(d, generator=draw)
+    images = torch.rand(300, d, generator=draw)
+    bias = -(images @ w).median()
+    model = linear_network(torch.stack([0 * w, w]), torch.stack([0 * bias, bias]), torch.float32)
+    return model, images, (images @ w + bias) / w.norm()
+
+
+def test_smoothed_certificates_of_a_halfplane_fail_at_most_as_often_as_they_say():
+    """The smoothed linear classifier is the classifier itself: its exact radius is the distance to the plane."""
+    model, images, signed = halfplane()
+    alpha = 0.1
+    found = certify_smoothing(model, images, sigma=0.5, n0=50, n=200, alpha=alpha, batch_size=64, generator=generator())
+    wrong = (found.radii > signed.abs()) | ((found.classes >= 0) & (found.classes != (signed > 0)))
+    assert 0 < int(wrong.sum()) <= scipy.stats.binom.ppf(0.999, 300, alpha)
+    assert found.cap == pytest.approx(0.5 * scipy.stats.norm.ppf(alpha ** (1 / 200)))
+    assert found.radii.max() <= found.cap + 1e-12
+    hasty = certify_smoothing(model, images, sigma=0.5, n0=1, n=200, alpha=alpha, generator=generator())
+    wrong = (hasty.classes >= 0) & (hasty.classes != (signed > 0))
+    assert int(wrong.sum()) <= scipy.stats.binom.ppf(0.999, 300, alpha)  # a wrong choice abstains
+    abstained = found.classes == -1
+    assert abstained.any()
+    assert (found.radii[abstained] == 0).all()
+    assert (found.radii[~abstained] > 0).all()
+    assert signed[abstained].abs().max() < 0.25  # only near the plane
+
+
+def test_smoothed_radii_agree_with_the_formula_and_with_direct_simulation():
+    model, images, signed = halfplane(1)
+    images, signed, sigma, n = images[:40], signed[:40], 0.4, 4000
+    found = certify_smoothing(model, images, sigma=sigma, n=n, generator=generator(1))
+    for i in range(0, 40, 5):
+        noise = np.random.default_rng(i).standard_normal(n) * sigma
+        hits = max(int((float(signed[i]) + noise > 0).sum()), int((float(signed[i]) + noise <= 0).sum()))
+        lower = scipy.stats.binomtest(hits, n, alternative="greater").proportion_ci(0.999, "exact").low
+        spread = 4 * sigma * math.sqrt(0.25 / n) / scipy.stats.norm.pdf(min(2.5, abs(float(signed[i])) / sigma))
+        assert float(found.radii[i]) == pytest.approx(max(0, sigma * scipy.stats.norm.ppf(lower)), abs=spread)
+
+
+def test_a_constant_classifier_gets_the_cap_and_samples_are_fresh():
+    seen = []
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.tensor([[0.0, 1.0, 0.5]]).expand(len(x), 3)
+
+    image = torch.full((2, 3), 0.5)
+    found = certify_smoothing(Constant().eval(), image, sigma=2.0, n0=10, n=50, alpha=0.01, batch_size=20)
+    assert found.classes.tolist() == [1, 1]
+    np.testing.assert_allclose(found.radii, found.cap, rtol=1e-9)
+    noisy = torch.cat(seen)
+    assert noisy.shape == (120, 3)
+    assert len(noisy.unique(dim=0)) == 120
+    assert 1.5 < float((noisy - 0.5).std()) < 2.5
+
+
+def test_smoothing_is_reproduced_by_its_generator():
+    model, images, _ = halfplane(2)
+    first, again = (certify_smoothing(model, images[:5], sigma=0.3, n=100, generator=generator(5)) for _ in range(2))
+    assert torch.equal(first.radii, again.radii)
