@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
+import orjson
 import typer
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
@@ -63,10 +64,10 @@ def number(value: float, digits: int = 3) -> str:
     """A measured number in at most 8 characters: `digits` significant ones, k, M and G from 10,000 on."""
     if not math.isfinite(value) or 999.5 <= abs(value) < 9999.5:
         return f"{value:.0f}" if math.isfinite(value) else "–"
-    value = float(f"{value:.{digits - 1}e}")  # first to the digits that are shown: 9.999 has one before the point
+    exact, value = value, float(f"{value:.{digits - 1}e}")  # first to the digits that are shown: 9.999 has one before the point
     size, unit = abs(value), ""
     if not (1e-3 <= size < 1e12 or size == 0):
-        return re.sub(r"e([+-])0", r"e\1", f"{value:.1e}")
+        return re.sub(r"e([+-])0", r"e\1", f"{exact:.1e}")
     for threshold, scale, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= threshold:
             value, size, unit = value / scale, size / scale, letter
@@ -190,16 +191,18 @@ class Document:
 def parse(block: bytes) -> list[Any]:
     """One item for each line of `block` (whole lines): the JSON value, or None for a line that has none.
 
-    Equal to parsing line by line; the lines of a healthy block are parsed as one array, in half the time.
-    NaN and Infinity are no JSON, but json.dumps writes them: records that hold them say so in `nonfinite`.
+    Equal to parsing line by line; the lines of a healthy block are parsed as one array, by orjson, in a quarter
+    of the time.  NaN and Infinity are no JSON, but json.dumps writes them: records that hold them say so in
+    `nonfinite`.
     """
     lines, seen = block.count(b"\n"), []
-    decode = json.JSONDecoder(parse_constant=lambda name: seen.append(name) or math.nan).decode
-    items = None
     if block.count(b"}\n{") == lines - 1:  # no value can span lines
-        items = _decoded(decode, b"[%b]" % block[:-1].replace(b"\n", b",\n"))
-    if items is None or len(items) != lines:
-        items = [_decoded(decode, line) for line in block.split(b"\n")[:-1]]
+        with contextlib.suppress(ValueError):
+            items = orjson.loads(b"[%b]" % block[:-1].replace(b"\n", b",\n"))
+            if len(items) == lines:
+                return items
+    decode = json.JSONDecoder(parse_constant=lambda name: seen.append(name) or math.nan).decode
+    items = [_decoded(decode, line) for line in block.split(b"\n")[:-1]]
     return [_name_nonfinite(item) for item in items] if seen else items
 
 
