@@ -64,7 +64,8 @@ def number(value: float, digits: int = 3) -> str:
     """A measured number in at most 8 characters: `digits` significant ones, k, M and G from 10,000 on."""
     if not math.isfinite(value) or 999.5 <= abs(value) < 9999.5:
         return f"{value:.0f}" if math.isfinite(value) else "–"
-    exact, value = value, float(f"{value:.{digits - 1}e}")  # first to the digits that are shown: 9.999 has one before the point
+    exact = value
+    value = float(f"{value:.{digits - 1}e}")  # first to the digits that are shown: 9.999 has one before the point
     size, unit = abs(value), ""
     if not (1e-3 <= size < 1e12 or size == 0):
         return re.sub(r"e([+-])0", r"e\1", f"{exact:.1e}")
