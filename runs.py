@@ -281,7 +281,7 @@ class Stop:
     def _note(self, signum: int, _: Any) -> None:
         self.signal = signum
         signal.signal(signum, signal.SIG_DFL)
-        self.console.print("stopping with a checkpoint; once more stops at once, without")
+        self.console.print("stopping cleanly; once more stops at once")
 
 
 @contextlib.contextmanager
