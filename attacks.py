@@ -268,8 +268,9 @@ def pgd(
     first order; all that `restarts` times.  An image is done as soon as it is misclassified, and comes back
     unchanged if it never is.  loss=f, for training: ascend
     f(logits (N, classes), labels) -> (N,), say `gradreg.cross_entropy`, and return the last iterate of every
-    image, untested: steps forward and steps backward passes.  The model's mode is neither looked at nor
-    changed: in training mode these passes update the running statistics of batch normalization.
+    image, untested: steps forward and steps backward passes, from `start` (moved into the ball) where that is
+    given.  The model's mode is neither looked at nor changed: in training mode these passes update the running
+    statistics of batch normalization.
 
     eps=None: the smallest eps of each image, by bisection to 0.5 %, below the distance of `start` where those
     (adversarial) images are given; at most 10 rounds of 2 * steps + 1 calls a run.
@@ -281,7 +282,7 @@ def pgd(
         raise ValueError("with a loss the last iterate is returned, untested: give eps, and restarts=1")
     walk = {"norm": norm, "steps": steps, "step_size": step_size, "generator": generator}
     if loss is not None:
-        return _climb(model, images, labels, _radius(eps, images), loss, **walk)
+        return _climb(model, images, labels, _radius(eps, images), loss, start, **walk)
     best = _Best(model, images, labels, norm, topk, start)
     runs = [None, *_goals(model, best, topk, targets)] * restarts
     if eps is None:
@@ -295,8 +296,9 @@ def _radius(eps: float | Tensor, images: Tensor) -> Tensor:
     return torch.as_tensor(eps, dtype=torch.float64, device=images.device).expand(len(images))
 
 
-def _climb(model, images, labels, radius, loss, *, norm, steps, step_size, generator) -> Tensor:
-    x = _project(images + _uniform(images, radius, norm, generator), images, radius, norm)
+def _climb(model, images, labels, radius, loss, start, *, norm, steps, step_size, generator) -> Tensor:
+    start = images + _uniform(images, radius, norm, generator) if start is None else start
+    x = _project(start, images, radius, norm)
     for step in range(steps):
         _, grad = input_gradient(lambda z: loss(model(z), labels), x)
         x = _step_in_ball(x, grad, images, radius, norm, _rate(radius, step_size, step, steps))

@@ -126,20 +126,6 @@ class Target:
         return self.dataset == other.dataset and len(self.source) == len(other.source) and self.topk == other.topk
 
 
-def test_images(name: str, data_dir: Path) -> tuple[data.Source, list[str]]:
-    """The test images of a data set and its classes; of an image folder, which may lack train/, those alone."""
-    root = Path(name) if Path(name).is_dir() else data_dir
-    part = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
-    if name == "digits" or part is None:
-        loaded = data.load(name, data_dir)
-        return loaded.test, loaded.classes
-    classes = data._folders(root / "train" if (root / "train").is_dir() else part)
-    paths, labels = data._list_images(part, classes, None)
-    with data.open_image(paths[0]) as first:
-        small = max(first.size) <= data.SMALL
-    return (data.InMemory(data._decode(paths), labels) if small else data.Files(paths, labels)), classes
-
-
 def open_run(path: Path, data_dir: Path | None, topk: int | None) -> Target:
     """A run directory's network and test images.  Raises Failure."""
     refuse_if_running(path)
@@ -149,7 +135,9 @@ def open_run(path: Path, data_dir: Path | None, topk: int | None) -> Target:
     except ValueError as error:
         raise Failure(str(error), 2) from None
     options = config["options"]
-    source, classes = test_images(options["dataset"], data_dir or Path(options["data_dir"]))
+    source, classes = data.load_test(options["dataset"], data_dir or Path(options["data_dir"]))
+    if isinstance(source, data.Files) and "phases" in options:
+        source = source.at(options["phases"][-1]["size"])  # that the network was trained on last
     topk = topk or (5 if options["dataset"] == "imagenet" else 1)
     dataset = Path(options["dataset"]).name
     target = Target(path.resolve().name, network, path / "evaluation", dataset, source, classes, topk, config)
@@ -184,7 +172,7 @@ def open_factory(spec: str, name: str, data_dir: Path, topk: int | None, root: P
         sys.path.pop(0)
     if not isinstance(network, nn.Module):
         raise Failure(f"{spec}: returned a {type(network).__name__}, not a torch.nn.Module", 2)
-    source, classes = test_images(name, data_dir)
+    source, classes = data.load_test(name, data_dir)
     topk = topk or (5 if name == "imagenet" else 1)
     label = f"{Path(file).stem}-{factory}"
     content = Path(file).read_bytes()
@@ -483,7 +471,7 @@ def work(units: list[Unit], settings: Settings, world: World) -> None:
     todo = world.same(missing)
     if len(todo) < len(units):
         world.console.print(f"{len(units) - len(todo)} of {len(units)} parts are there already")
-    with Stop(world.console) as stop, progress_bar(world.console, "evaluating", len(todo)) as show:
+    with Stop(world) as stop, progress_bar(world.console, "evaluating", len(todo)) as show:
         for first in range(0, len(todo), world.size):
             for i in todo[first : first + world.size][world.rank : world.rank + 1]:
                 write_part(units[i], keys[i], compute(units[i], settings, world))
@@ -817,16 +805,26 @@ def paper_rows(number: str, dataset: str) -> dict[str, Row]:
 def paper_row(number: str, evaluation: Evaluation) -> list[Row]:
     """The paper's row for a network of the same method and data set, where it has one."""
     options = (evaluation.target.config or {}).get("options", {})
-    kind = {"l2": "squared l2", "linf": "squared l1"}.get(options.get("norm"))
-    if options.get("method") == "none":
-        model = "undefended"
-    else:
-        how = {"fd": " (FD)", "exact": " (DBP)"}.get(options.get("method"), "?")
-        how = how if evaluation.target.dataset == "cifar10" else ""
-        step = f" h={options.get('h'):g}" if options.get("method") == "fd" and options.get("h") != 0.01 else ""
-        model = f"{kind}{how} lambda={options.get('lam', math.nan):g}{step}"
+    model = paper_model(options, evaluation.target.dataset)
     row = paper_rows(number, evaluation.target.dataset).get(model)
     return [row] if row else []
+
+
+def paper_model(options: dict[str, Any], dataset: str) -> str:
+    """What the paper's tables call the network that these options train."""
+    method, eps = options.get("method"), 255 * options.get("eps", 0)
+    if method == "none":
+        return "undefended"
+    if method == "at":
+        return f"{options['norm']} {options['attack_steps']}-step AT eps={eps:g}/255"
+    if method == "free":
+        return f"linf For Free AT m={options['replays']}" if round(eps, 3) == 8 else "?"
+    if dataset == "imagenet" and options.get("penalty_space", "normalized") != "normalized":
+        return "?"
+    kind = {"l2": "squared l2", "linf": "squared l1"}.get(options.get("norm"))
+    how = {"fd": " (FD)", "exact": " (DBP)"}.get(method, "?") if dataset == "cifar10" else ""
+    step = f" h={options.get('h'):g}" if method == "fd" and options.get("h") != 0.01 else ""
+    return f"{kind}{how} lambda={options.get('lam', math.nan):g}{step}"
 
 
 def training_of(evaluation: Evaluation) -> str | None:

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
+NORMALIZED = {"resnet50"}  # models whose first layer is Normalize
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -37,6 +40,13 @@ def unscaled(norm: nn.Module) -> nn.Module:
     """Batch normalization with a bias but no scale: its weight stays 1, as in the authors' stem and head."""
     norm.weight.requires_grad_(False)
     return norm
+
+
+def coordinates(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Two modules, one after the other the same as `network`: Normalize, or the identity, and the rest."""
+    if isinstance(network, nn.Sequential) and isinstance(network[0], Normalize):
+        return network[0], network[1] if len(network) == 2 else network[1:]
+    return nn.Identity(), network
 
 
 class BranchBlock(nn.Module):
@@ -105,7 +115,7 @@ def resnet50(classes: int) -> nn.Sequential:
     import torchvision  # here, since it takes a second to import and only this network needs it
 
     network = torchvision.models.resnet50(num_classes=classes, zero_init_residual=True)
-    return nn.Sequential(Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), network)
+    return nn.Sequential(Normalize(IMAGENET_MEAN, IMAGENET_STD), network)
 
 
 MODELS = {

@@ -31,6 +31,8 @@ import data
 import models
 
 HEARTBEAT = 2.0  # seconds between two updates of status.json
+SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
+LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "Timed out"  # gloo's words for a lost process
 
 
 # --- errors, in one line ----------------------------------------------------------------------------------
@@ -68,11 +70,21 @@ def explain(error: Exception) -> tuple[str, int]:
         return "out of memory on the device; try a smaller --batch-size", 1
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror or error}", 1
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in LOST)):
+        return "another process of this job is gone; start the same command again, or resume the run", 1
     if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
         return "stopped", 130
     if hasattr(error, "format_message"):
         return error.format_message(), error.exit_code
     raise error
+
+
+def reason_of(error: BaseException) -> str:
+    """Any error in one line."""
+    try:
+        return explain(error)[0]
+    except BaseException:
+        return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -84,10 +96,22 @@ class World:
     def __init__(self, device: str | None = None):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
         self.device = self._device(device)
         self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # After a restart the store may still hold what the dead processes wrote: each attempt has its own names.
+            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
+            store = dist.PrefixStore(f"attempt {self.restarts}", store)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+
+    @property
+    def launch(self) -> str | None:
+        """What torchrun's restarts have in common, on one machine; None without torchrun."""
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
+        return f"{job} {socket.gethostname()} {self.parent}" if job else None
 
     def _device(self, name: str | None) -> torch.device:
         try:
@@ -122,6 +146,22 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in every process."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value)
+        return box
+
+    def join(self, part: Tensor) -> Tensor:
+        """The parts of all processes, which have one shape, one after the other, on the CPU."""
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        if self.size > 1 and part.numel():
+            dist.all_gather(parts, part.contiguous())
+        else:
+            parts = [part] * self.size
+        return torch.cat(parts).cpu()
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every process the main one's running statistics: between two of them they differ."""
@@ -238,15 +278,25 @@ def refuse_if_running(path: Path) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write path/checkpoint.pt in one step, and keep the one before as checkpoint.previous.pt."""
+    """Write path/checkpoint.pt in one step, and keep the one before as checkpoint.previous.pt.
+
+    Raises Failure, with both as they were, where it cannot be written: a full disk, say.
+    """
     current, temporary = path / "checkpoint.pt", path / ".checkpoint.pt"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if current.exists():
-        os.replace(current, path / "checkpoint.previous.pt")
-    os.replace(temporary, current)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if current.exists():
+            os.replace(current, path / "checkpoint.previous.pt")
+        os.replace(temporary, current)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else reason_of(error)
+        message = f"{current}: cannot be written ({reason}); the checkpoint before it is whole: make room, then resume"
+        raise Failure(message, 1) from None
 
 
 def last_checkpoint(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -265,10 +315,18 @@ def last_checkpoint(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 class Stop:
-    """Context: the first SIGINT or SIGTERM is noted in `signal`, so that work can end cleanly; a second one kills."""
+    """Context: the first SIGINT or SIGTERM is noted in `signal`, so that work can end cleanly; a second one kills.
 
-    def __init__(self, console: Console):
-        self.console, self.signal = console, 0
+    The death of torchrun counts as SIGTERM: nobody is left who could stop these processes.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.noted, self.when = world, 0, 0.0
+
+    @property
+    def signal(self) -> int:
+        orphaned = self.world.parent is not None and os.getppid() != self.world.parent
+        return self.noted or (signal.SIGTERM if orphaned else 0)
 
     def __enter__(self) -> "Stop":
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -279,9 +337,12 @@ class Stop:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _: Any) -> None:
-        self.signal = signum
-        signal.signal(signum, signal.SIG_DFL)
-        self.console.print("stopping cleanly; once more stops at once")
+        if self.noted and time.monotonic() - self.when > SAME_SIGNAL:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        if not self.noted:
+            self.noted, self.when = signum, time.monotonic()
+            self.world.console.print("stopping cleanly; once more stops at once")
 
 
 @contextlib.contextmanager
@@ -310,6 +371,7 @@ def provenance(world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu,
         "host": socket.gethostname(),
         "processes": world.size,
+        "launch": world.launch,
         "created": round(time.time(), 3),
     }
 

@@ -250,8 +250,14 @@ def test_a_paper_row_is_found_for_the_same_method_and_only_for_it(here):
     assert row("1", method="fd", norm="linf", lam=1.0, h=0.1)[0]["empirical_error_pct_2_255"] == 18.47
     assert row("2", method="none")[0]["training"] == "2.06 h"
     assert row("2", **fd | {"lam": 0.2}) == row("2", **fd | {"h": 0.1}) == row("2", **fd | {"method": "noise"}) == []
+    at = {"method": "at", "norm": "linf", "attack_steps": 7, "eps": 8 / 255}
+    assert row("1", **at)[0]["empirical_error_pct_8_255"] == 46.02
+    assert row("2", **at | {"eps": 2 / 255})[0]["mean_distance_empirical"] == 0.66
+    assert row("1", method="free", replays=8, eps=8 / 255)[0]["clean_error_pct"] == 19.94
+    assert row("1", **at | {"attack_steps": 10}) == row("1", method="free", replays=8, eps=0.1) == []
     target.dataset = "imagenet"
     assert row("2", **fd)[0]["mean_distance_empirical"] == 1.14
+    assert row("2", **fd | {"penalty_space": "pixel"}) == []
     target.dataset = "digits"
     assert row("2", method="none") == []
 
