@@ -5,16 +5,20 @@ README.md documents file by file and field by field.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import platform
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +36,8 @@ import models
 
 HEARTBEAT = 2.0  # seconds between two updates of status.json
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
-LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "Timed out"  # gloo's words for a lost process
+LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
+# gloo's words for a lost process
 
 
 # --- errors, in one line ----------------------------------------------------------------------------------
@@ -101,9 +106,9 @@ class World:
         self.device = self._device(device)
         self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False)
         if self.size > 1:
-            # After a restart the store may still hold what the dead processes wrote: each attempt has its own names.
+            self._find_torchrun()
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
-            store = dist.PrefixStore(f"attempt {self.restarts}", store)
+            store = dist.PrefixStore(new_prefix(store, self.rank, self.size), store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
@@ -112,6 +117,14 @@ class World:
         """What torchrun's restarts have in common, on one machine; None without torchrun."""
         job = os.environ.get("TORCHELASTIC_RUN_ID")
         return f"{job} {socket.gethostname()} {self.parent}" if job else None
+
+    def _find_torchrun(self) -> None:
+        """Raise Failure where torchrun, which serves the store, died while this process started: it would wait long."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            try:
+                socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
+            except OSError:
+                raise Failure("torchrun is gone; start the same command again", 1) from None
 
     def _device(self, name: str | None) -> torch.device:
         try:
@@ -174,6 +187,26 @@ class World:
             dist.destroy_process_group()
 
 
+def new_prefix(store: dist.Store, rank: int, size: int) -> str:
+    """A prefix that exactly the processes of this attempt agree on: after a restart the store, which torchrun keeps,
+    still holds what dead processes wrote, and nodes count their restarts differently.
+
+    The main process proposes a name, and confirms it to those that answered under it.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    if rank == 0:
+        store.set("attempt", mine)
+        store.set(f"{mine} all", b" ".join(store.get(f"{mine} {other}") for other in range(1, size)))
+        return mine
+    while time.monotonic() < deadline:
+        name = store.get("attempt").decode()  # a dead process's, perhaps, which nobody confirms
+        store.set(f"{name} {rank}", mine)
+        if store.check([f"{name} all"]) and mine in store.get(f"{name} all").decode():
+            return name
+        time.sleep(0.02)
+    raise dist.DistStoreError("the main process did not confirm this one")
+
+
 # --- the run directory ------------------------------------------------------------------------------------
 
 
@@ -188,10 +221,6 @@ class Run:
         with contextlib.suppress(OSError), open(path / "metrics.jsonl", "rb") as file:
             file.seek(-1, os.SEEK_END)
             self.torn = file.read() != b"\n"  # a killed process left half a line
-
-    def config(self, config: dict[str, Any]) -> None:
-        if self.writes:
-            replace(self.path / "config.json", json.dumps(config, indent=2).encode())
 
     def make_latest(self) -> None:
         """Let the link `latest`, beside the run, point to it."""
@@ -209,8 +238,11 @@ class Run:
         fields |= dict.fromkeys(nonfinite) | ({"nonfinite": nonfinite} if nonfinite else {})
         head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(time.time(), 3)}
         line = json.dumps(head | fields, allow_nan=False)
-        with open(self.path / "metrics.jsonl", "ab", buffering=0) as file:
-            file.write(self.torn * b"\n" + line.encode() + b"\n")
+        content = self.torn * b"\n" + line.encode() + b"\n"
+        with naming(self.path / "metrics.jsonl") as path, open(path, "ab", buffering=0) as file:
+            self.torn = True
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.torn = False
 
     def event(self, event: str, message: str) -> None:
@@ -228,23 +260,35 @@ class Run:
     def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
         """The last event and the last status of this process."""
         self.state, self.error = state, error
-        self.event(event, message)
-        self.heartbeat(force=True)
-
-
-def new_directory(root: Path, name: str | None, default: str) -> Path:
-    """Make root/name, which must not exist yet, or the first free of root/default, root/default-2, ..."""
-    root.mkdir(parents=True, exist_ok=True)
-    for i in range(1, 10_000):
-        path = root / (name or (default if i == 1 else f"{default}-{i}"))
         try:
-            path.mkdir()
-            return path
-        except FileExistsError:
+            self.event(event, message)
+        finally:
+            self.heartbeat(force=True)
+
+
+def new_directory(root: Path, name: str | None, default: str, config: dict[str, Any]) -> Path:
+    """Make root/name, which must not exist yet, or the first free of root/default, root/default-2, ...
+
+    It appears with its config.json in it, in one step: a process that dies meanwhile leaves nothing in the way.
+    """
+    made = root / f".new.{os.getpid()}"
+    made.mkdir(parents=True, exist_ok=True)
+    try:
+        for i in range(1, 10_000):
+            path = root / (name or (default if i == 1 else f"{default}-{i}"))
+            if not path.exists():
+                replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
+                try:
+                    return made.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # somebody else was faster
+                        raise
             if name:
                 message = f"--name {name}: {path} exists; choose another name, or go on with --resume {path}"
-                raise Failure(message, 2) from None
-    raise Failure(f"{root}: no free name for {default}", 2)
+                raise Failure(message, 2)
+        raise Failure(f"{root}: no free name for {default}", 2)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def finite(value: Any) -> bool:
@@ -255,23 +299,58 @@ def finite(value: Any) -> bool:
 def replace(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """Context: an OSError in it, which a full disk raises without saying where, names the file."""
+    try:
+        yield path
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def refuse_if_running(path: Path) -> None:
     """Raise Failure while a living process of this machine trains the run."""
     try:
         status = json.loads((path / "status.json").read_text())
-        if status["state"] == "running" and status["host"] == socket.gethostname() and status["pid"] != os.getpid():
-            os.kill(status["pid"], 0)  # asks whether it lives
+        here = status["host"] == socket.gethostname() and status["pid"] != os.getpid()
+        if status["state"] == "running" and here and lives(status["pid"], status.get("time", math.inf)):
             raise Failure(f"{path}: process {status['pid']} is still working on it", 2)
     except (OSError, ValueError, KeyError, TypeError):
         return
+
+
+def state_of(path: Path) -> str | None:
+    """What status.json says of a run."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((path / "status.json").read_text())["state"]
+    return None
+
+
+def lives(pid: int, since: float) -> bool:
+    """Whether the process that had this number at the time `since` lives: no zombie, and no later one of that number.
+
+    In a container that starts again the numbers are the same, and often nobody buries the dead.
+    Raises ProcessLookupError, or another OSError, where there is none, or another user's.
+    """
+    os.kill(pid, 0)  # asks whether there is one
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+        started = int(booted[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, TypeError, IndexError):  # no Linux
+        return True
+    return fields[0] != "Z" and started < since + HEARTBEAT
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ from runs import (
     refuse_if_running,
     run_command,
     save_checkpoint,
+    state_of,
 )
 
 # --- recipes ----------------------------------------------------------------------------------------------
@@ -189,16 +190,27 @@ class Objective(nn.Module):
     One module computes the whole objective, with all its passes, so that DistributedDataParallel sees one forward
     and one backward a step: then the gradients it averages are those of eq. (8).
 
-    options["amp"]: bfloat16 where no digits cancel, that is, in the direction of the penalty, and in everything
-    where there is no penalty.  Losses that a penalty is made of are computed in float32.
+    amp: bfloat16 where no digits cancel, that is, in the direction of the penalty, and in everything where there
+    is no penalty.  Losses that a penalty is made of are computed in float32.
     """
 
-    def __init__(self, network: nn.Module, options: dict[str, Any]):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        method: str,
+        norm: str,
+        h: float,
+        central: bool = False,
+        penalty_space: str = "pixel",
+        amp: bool = False,
+    ):
         super().__init__()
-        self.network, self.options = network, options
+        self.network, self.method, self.norm, self.h, self.central = network, method, norm, h, central
+        self.penalty_space, self.amp = penalty_space, amp
 
     def forward(self, images: Tensor, labels: Tensor) -> Penalised:
-        x, network = penalty_coordinates(self.network, images, self.options)
+        x, network = penalty_coordinates(self.network, images, self.penalty_space)
 
         def loss_fn(z: Tensor) -> Tensor:
             return cross_entropy(network(z), labels)
@@ -208,21 +220,20 @@ class Objective(nn.Module):
                 logits = network(z)
             return cross_entropy(logits.float(), labels)
 
-        norm, scout = self.options["norm"], rounded if self.options["amp"] else None
-        if self.options["method"] == "fd":
-            how = {name: self.options[name] for name in ("h", "central")}
-            return fd_penalty(loss_fn, x, norm=norm, scout=scout, **how)
-        if self.options["method"] == "exact":
-            return exact_penalty(loss_fn, x, norm=norm)
-        if self.options["method"] == "jvp":
-            return jvp_penalty(loss_fn, x, norm=norm, scout=scout)
+        scout = rounded if self.amp else None
+        if self.method == "fd":
+            return fd_penalty(loss_fn, x, norm=self.norm, h=self.h, central=self.central, scout=scout)
+        if self.method == "exact":
+            return exact_penalty(loss_fn, x, norm=self.norm)
+        if self.method == "jvp":
+            return jvp_penalty(loss_fn, x, norm=self.norm, scout=scout)
         losses = (scout or loss_fn)(x)
         return Penalised(losses, torch.zeros_like(losses), None)
 
 
-def penalty_coordinates(network: nn.Module, images: Tensor, options: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+def penalty_coordinates(network: nn.Module, images: Tensor, space: str) -> tuple[Tensor, nn.Module]:
     """What the penalty calls x, and the network as a function of it: pixels, or the output of the first layer."""
-    if options["penalty_space"] == "pixel":
+    if space == "pixel":
         return images, network
     first, rest = models.coordinates(network)
     return first(images), rest
@@ -410,7 +421,8 @@ class Trainer:
     def _objective(self) -> nn.Module:
         if self.options["compile"]:
             models.coordinates(self.network)[1].compile()
-        module = Objective(self.network, self.options)
+        names = "method", "norm", "h", "central", "penalty_space", "amp"
+        module = Objective(self.network, **{name: self.options[name] for name in names})
         return nn.parallel.DistributedDataParallel(module) if self.world.size > 1 else module
 
     def _enter_phase(self, epoch: int) -> None:
@@ -425,6 +437,11 @@ class Trainer:
             what = f"epoch {epoch}: {phase['size']} pixels, {phase['batch_size']} images a step"
             self.run.event("phase", what)
             self.world.console.print(what)
+
+    @property
+    def at_once(self) -> int:
+        """Images that a forward and a backward pass of a training step hold in memory here."""
+        return self.phase["batch_size"] // (self.world.size * self.options["accumulate"])
 
     def _epoch(self) -> None:
         """The rest of the epoch that the step lies in."""
@@ -456,6 +473,8 @@ class Trainer:
         """One step of Algorithm 1, or of a baseline; the images in as many parts as --accumulate says."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate = self.plan.rate(self.step)
+        if self.options["method"] == "at":
+            self.world.share_buffers(self.network)  # which its attack sees: as after a resume, the main one's
         inputs = self._inputs(images, labels)
         parts = list(zip(*(whole.chunk(self.options["accumulate"]) for whole in (inputs, labels)), strict=True))
         self.optimizer.zero_grad(set_to_none=True)
@@ -614,7 +633,9 @@ def evaluate(trainer: Trainer) -> dict[str, Any] | None:
     top5 = trainer.config["classes"] > 10
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     share = {"rank": world.rank, "processes": world.size, "workers": trainer.options["workers"]}
-    batches = data.evaluation_batches(test, batch_size=256, device=world.device, problems=trainer.unreadable, **share)
+    batches = data.evaluation_batches(
+        test, batch_size=min(256, 4 * trainer.at_once), device=world.device, problems=trainer.unreadable, **share
+    )
     for images, labels in batches:
         if trainer.stop.signal:
             sums[4] += 1
@@ -642,25 +663,34 @@ def probe(trainer: Trainer) -> dict[str, Any]:
     options, norm = config["options"], config["attack_norm"]
     mine = data.order(len(test), seed=0, epoch=2)[:PROBE_IMAGES][world.rank :: world.size]
     images, labels = data.fetch(test, mine, world.device, problems=trainer.unreadable)
-    fields = {"attacked_error_pct": attacked_error(network, images, labels, norm, config["attack_eps"], 10, world)}
-    looked = bounds.omega_statistics(network, images, labels, norm=norm, eps=config["omega_eps"])
-    *fields["omega"], fields["margin_grad_norm_max"] = world.max(torch.tensor([*looked.omega, looked.grad_norm_max]))
-    total, count = world.sum(torch.tensor([looked.grad_norm_mean * len(labels), len(labels)]))
-    fields["margin_grad_norm_mean"] = total / count
+    few = trainer.at_once
+    error = attacked_error(network, images, labels, norm, config["attack_eps"], 10, world, at_once=few)
+    parts = list(zip(images.split(few), labels.split(few), strict=True))
+    looked = [bounds.omega_statistics(network, *part, norm=norm, eps=config["omega_eps"]) for part in parts]
+    highest = torch.tensor([[*part.omega, part.grad_norm_max] for part in looked]).amax(0)
+    means, counts = torch.tensor(
+        [(some.grad_norm_mean, len(part[1])) for some, part in zip(looked, parts, strict=True)]
+    ).T
+    total, count = world.sum(torch.stack([means @ counts, counts.sum()]))
+    fields = {"attacked_error_pct": error, "margin_grad_norm_mean": total / count}
+    *fields["omega"], fields["margin_grad_norm_max"] = world.max(highest)
     if options["method"] == "fd":
-        fields["fd_rounding_pct"] = fd_rounding(network, images[:32], labels[:32], options)
+        some = min(32, max(1, few // 4))  # in float64 they need twice the memory, and more
+        fields["fd_rounding_pct"] = fd_rounding(network, images[:some], labels[:some], options)
     return fields
 
 
 def attacked_error(
-    network: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, steps: int, world: World
+    network: nn.Module, images: Tensor, labels: Tensor, norm: str, eps: float, steps: int, world: World, *, at_once: int
 ) -> float:
     """Percent of these images, over all processes, that plain PGD moves to another class within eps."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    moved = attacks.pgd(network, images, labels, norm=norm, eps=eps, steps=steps, generator=generator)
-    with torch.no_grad():
-        wrong = (network(moved).argmax(1) != labels).double()
-    errors, count = world.sum(torch.stack([wrong.sum(), wrong.new_tensor(len(wrong))]))
+    wrong = torch.zeros((), dtype=torch.float64, device=images.device)
+    for some, their in zip(images.split(at_once), labels.split(at_once), strict=True):
+        generator = torch.Generator(images.device).manual_seed(0)
+        moved = attacks.pgd(network, some, their, norm=norm, eps=eps, steps=steps, generator=generator)
+        with torch.no_grad():
+            wrong += (network(moved).argmax(1) != their).sum()
+    errors, count = world.sum(torch.stack([wrong, wrong.new_tensor(len(images))]))
     return 100 * errors / count
 
 
@@ -668,7 +698,7 @@ def fd_rounding(network: nn.Module, images: Tensor, labels: Tensor, options: dic
     """How far the difference quotient is from itself in float64, in percent: what cancellation costs."""
 
     def slopes(network: nn.Module, images: Tensor) -> Tensor:
-        x, network = penalty_coordinates(network, images, options)
+        x, network = penalty_coordinates(network, images, options["penalty_space"])
         how = {name: options[name] for name in ("norm", "h", "central")}
         return fd_penalty(lambda z: cross_entropy(network(z), labels), x, **how, squared=False).penalties.detach()
 
@@ -802,10 +832,8 @@ def start_run(given: dict[str, Any], root: Path, name: str | None, images: data.
     if begun and list(begun.glob("checkpoint*.pt")):
         world.console.print(f"{begun} was begun with the same options: going on with it")
         return resume_run(begun, {key: value for key, value in given.items() if key in MAY_CHANGE}, world)
-    path = begun or world.same(new_directory(root, name, name_of(options)) if world.main else None)
-    config["name"] = path.name
-    trainer = Trainer(path, config, images, world)
-    trainer.run.config(config)
+    path = begun or world.same(new_directory(root, name, name_of(options), config) if world.main else None)
+    trainer = Trainer(path, config | {"name": path.name}, images, world)
     trainer.run.event("start", config["command"])
     fit_and_tell(trainer)
     return trainer
@@ -821,6 +849,7 @@ def begun_by(root: Path, name: str | None, config: dict[str, Any], world: World)
         if differing:
             advice = f"choose another name, or go on with --resume {root / name}"
             raise Failure(f"--name {name}: {root / name} exists, with {differing}; {advice}", 2)
+        refuse_if_running(root / name)
         return root / name
     if name is None and world.restarts:
         for path in root.glob(f"{name_of(config['options'])}*/config.json"):
@@ -845,7 +874,8 @@ def resume_run(path: Path, changed: dict[str, Any], world: World) -> Trainer:
     if not path.is_dir():
         raise Failure(f"--resume {path}: no such run", 2)
     path = path.resolve()  # runs/latest may point elsewhere tomorrow
-    refuse_if_running(path)
+    if world.main:  # the others may come here when it is already at work
+        refuse_if_running(path)
     state, warning = last_checkpoint(path)
     config = state["config"]
     if config.get("format") != FORMAT:
@@ -863,6 +893,8 @@ def resume_run(path: Path, changed: dict[str, Any], world: World) -> Trainer:
         trainer.run.event("warning", warning)
     if trainer.step == trainer.plan.total and trainer.evaluated:
         world.console.print(f"{path} is finished: nothing to resume")
+        if state_of(path) != "finished":  # killed after the last checkpoint
+            trainer.run.end("finished", "finish", f"finished, {duration(trainer.seconds)} of training")
         return trainer
     trainer.run.event("resume", f"resumed at step {trainer.step}, {world.size} processes")
     fit_and_tell(trainer)
@@ -899,7 +931,8 @@ def compare(given: dict[str, Any], root: Path, images: data.Data, world: World) 
     batch = data.fetch(images.test, mine, world.device)
     for trainer in trainers:
         with evaluating(trainer.network):
-            errors = [attacked_error(trainer.network, *batch, norm, eps, 40, world) for eps in (0.0, *radii)]
+            how = {"steps": 40, "world": world, "at_once": 1000}
+            errors = [attacked_error(trainer.network, *batch, norm, eps, **how) for eps in (0.0, *radii)]
         options = trainer.options
         table.add_row(title_of(options), *(f"{error:.1f}" for error in errors), duration(trainer.seconds))
     world.console.print(table)

@@ -180,7 +180,7 @@ def test_noise_training_adds_that_noise_to_the_images(monkeypatch, tmp_path):
 
     class Spy(train.Objective):
         def forward(self, images, labels):
-            seen.setdefault(self.options["method"], []).append(images.clone())
+            seen.setdefault(self.method, []).append(images.clone())
             return super().forward(images, labels)
 
     monkeypatch.setattr(train, "Objective", Spy)
