@@ -57,11 +57,17 @@ def run_command(command: Callable[..., None]) -> int:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
-        return app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or 0
     except Exception as error:
         message, code = explain(error)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # All is written and closed.  Threads of torch have been seen to abort while the interpreter ends, which
+        # makes a failure of a finished job: leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

@@ -1662,7 +1662,8 @@ class Shelf:
 
     def _directories(self) -> list[Path]:
         with contextlib.suppress(OSError):
-            return [path for path in self.root.iterdir() if os.path.isdir(path) and not path.is_symlink()]
+            paths = [path for path in self.root.iterdir() if not path.name.startswith(".")]
+            return [path for path in paths if os.path.isdir(path) and not path.is_symlink()]
         return []
 
     @staticmethod
