@@ -420,7 +420,9 @@ class Trainer:
 
     def _objective(self) -> nn.Module:
         if self.options["compile"]:
-            torch._functorch.config.donated_buffer = False  # the penalty goes twice through the graph of l(x)
+            from torch._functorch import config  # where torch's own error message sends one
+
+            config.donated_buffer = False  # the penalty goes twice through the graph of l(x)
             models.coordinates(self.network)[1].compile()
         names = "method", "norm", "h", "central", "penalty_space", "amp"
         module = Objective(self.network, **{name: self.options[name] for name in names})
