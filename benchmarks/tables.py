@@ -114,11 +114,11 @@ def table_of(dataset: str, number: int, out: Path, seeds: int) -> list[str]:
     def values(row: Row, column: Column) -> np.ndarray:
         return np.array([found[s][f"{dataset}-{row.name}-seed{s}"][column.ours] for s in range(seeds)], dtype=float)
 
-    lines = [f"Table {number} on {dataset}, means over {seeds} seeds (lowest to highest)", ""]
+    lines = [f"Table {number} on {dataset}, means over the seeds 0 to {seeds - 1} (lowest to highest)", ""]
     lines += ["| row of the paper | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = (values(row, column) for column in columns)
-        shown = [f"{v.mean():.3g} ({v.min():.3g} to {v.max():.3g})" for v in cells]
+        shown = [f"{v.mean():.3g}" + f" ({v.min():.3g} to {v.max():.3g})" * (seeds > 1) for v in cells]
         lines.append(f"| {row.paper} | " + " | ".join(shown) + " |")
     ranks = []
     for column in columns:
