@@ -617,3 +617,22 @@ def test_gradients_are_those_of_the_penalty_space_in_the_log():
     out = train.Objective(network, **OPTIONS | {"penalty_space": "normalized"})(images, labels)
     _, pixel = input_gradient(lambda x: cross_entropy(network(x), labels), images)
     torch.testing.assert_close(out.grad, pixel * 0.25)
+
+
+def test_the_rows_of_the_tables_are_the_papers():
+    """benchmarks/tables.py trains what evaluate.py takes for the paper's rows, and all of them."""
+    import evaluate
+    from benchmarks import tables
+
+    source = data.InMemory(torch.zeros(128, 3, 2, 2, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
+    images = data.Data(source, source, list("ab"), 3)
+    rows = tables.rows_of("cifar10")
+    for row in rows:
+        given_ = {flag[2:]: value for flag, value in zip(row.options[::2], row.options[1::2], strict=True)}
+        numbers = {name: train.fraction(given_[name]) for name in ("lam", "h", "eps") if name in given_}
+        numbers |= {"replays": int(given_["replays"])} if "replays" in given_ else {}
+        fixed = {"dataset": "cifar10", "data_dir": "", "workers": 0}
+        options = train.resolve(train.DEFAULTS | fixed | given_ | numbers, images, runs.World("cpu"))
+        assert evaluate.paper_model(options, "cifar10") == row.paper
+    for table in (1, 2):
+        assert {row.paper for row in rows if table in row.tables} == set(tables.papers(table))
