@@ -429,7 +429,7 @@ def process(rank, size, folder):
         torch.save(all_cases(folder, world) | canaries(folder, world), folder / f"{size}-{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def job(request, tmp_path_factory):
     """The weights that each process of a job of 2 or 4 found."""
     import socket
