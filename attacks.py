@@ -27,6 +27,7 @@ same seed.  Images that are done take part in no further pass.
 A `call` is one image through one forward pass, or through one backward pass.  Left out: targeted attacks, l1.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -446,58 +447,178 @@ def boundary(
     *,
     norm: Norm,
     topk: int = 1,
-    steps: int = 300,
+    calls: int = 450,
+    walks: int | None = None,
     start: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
-    """A random walk on the far side of the boundary (Brendel et al. 2018); uses no gradient, only decisions.
+    """A walk on the far side of the boundary, after Brendel et al. (2018): uses no gradient, only decisions.
 
-    From `start` (adversarial images) or, where there is none, from noise, each step proposes a random move
-    along the sphere around the image and then a move towards it, and takes them if the result is still
-    misclassified.  Both lengths adapt to each image: the first to 50 % accepted, the second to 25 %.  The walk
-    is one in l2; in linf, where a walk stalls in the corners of the ball, every fifth step also tests the corner
-    that the walk's direction points to.  At most 1.4 * steps + 52 calls.
+    Their walk makes a random move along the boundary, then one towards the image, and keeps what is still
+    misclassified.  Here a move that is refused counts as well: where the boundary is flat, it says that the
+    opposite one would have held.  So a round (`_round`) tries moves in orthogonal directions, and turns the
+    plane that it takes the boundary for towards those that held and away from the others (the estimate of
+    HopSkipJump, Chen et al. 2020), by an angle found by bisection.  Then it goes to the point of that plane
+    nearest to the image, exact in either norm, and from there towards the image, up to the boundary.
 
-    It finds a nearby class, not always the nearest, in the order of 20 n steps for n values an image; what it
-    is for is masked gradients.
+    It begins from `start` (adversarial images) or, where there is none, from noise; in `walks` places (a power of
+    two; without a start one for each 4 n calls, n values an image; fewer where calls are few; the further ones
+    from noise), of which the farther half is given up again and again, after equal shares of the calls.  At most
+    calls + 51 * walks + 1 calls.
+
+    A half-space takes some 3 n calls to 5 %.  Where there are many classes or the boundary bends it finds a
+    nearby part of it, not always the nearest.  What it is for is masked gradients.
     """
-    best = _Best(model, images, labels, norm, topk, start)
-    _start_from_noise(model, best, topk, _child(generator))
-    rows = best.found()
-    x0, y, z = images[rows], labels[rows], best.adversarial[rows]
-    first_moves = (2.0, 0.01, 0.1) if start is None else (0.1, 0.1, 0.1)  # far and wide, or from where it is good
-    around, inward, shrink = (torch.full((len(rows),), v, dtype=z.dtype, device=z.device) for v in first_moves)
-    for step in range(steps if len(rows) else 0):
-        aside = _move_around(z, x0, around, _gauss(z, generator))
-        if step % 5 == 0:
-            held = _margins(model, aside, y, topk) > 0
-            around = _adapt(around, held, 0.5, 0.5, most=2.0)
-        nearer = aside.lerp(x0, _column(inward, z))
-        margins = _margins(model, nearer, y, topk)
-        best.update(rows, nearer, margins)
-        z = nearer.where(_column(margins > 0, z), z)
-        inward = _adapt(inward, margins > 0, 0.25, 0.2)
-        if norm == "linf" and step % 5 == 0:
-            radius = best.distances[rows].to(z) * (1 - shrink)
-            corner = (x0 + _column(radius, z) * (z - x0).sign()).clamp(0, 1)
-            margins = _margins(model, corner, y, topk)
-            best.update(rows, corner, margins)
-            shrink = _adapt(shrink, margins > 0, 0.25, 0.5)
+    n = images[0].numel()
+    votes = min(round(10 * n**0.25), calls // 3)
+    cost = votes + _TURNS + _TRIES + _HALVINGS  # calls of a round
+    walks = walks or (calls // (4 * n) if start is None else 1)
+    shares = 1  # of the calls: 2^(shares - 1) walks begin, one is left
+    while 2**shares <= walks and (shares + 1) * 2**shares * cost <= calls:
+        shares += 1
+    starts = [start, *[None] * (2 ** (shares - 1) - 1)]
+    places = [_Best(model, images, labels, norm, topk, known) for known in starts]
+    walk = _begin(model, places, topk, generator)
+    aside = _directions(images.shape[1:], generator)
+    for share in reversed(range(shares)):
+        rounds = calls // ((share + 1) * 2**share * cost)
+        calls -= rounds * 2**share * cost
+        for _ in range(rounds if len(walk.rows) else 0):
+            moves = [next(aside).to(images) for _ in range(votes)]
+            walk = _round(model, walk, moves, images, labels, norm, topk)
+        walk = walk.nearer_half(norm) if share else walk
+    best = places[0]
+    best.update(walk.rows, walk.z.view(-1, *images.shape[1:]), torch.ones_like(walk.reach))
     return best.adversarial
 
 
-def _adapt(length: Tensor, accepted: Tensor, rate: float, speed: float, most: float = 0.5) -> Tensor:
-    """Longer after a success, shorter after a failure, in balance where a share `rate` succeeds."""
-    return (length * torch.exp(speed * (accepted.to(length) - rate))).clamp_max(most)
+_TURNS, _TRIES, _HALVINGS = 4, 2, 8  # calls of a round of `boundary` beyond its votes
 
 
-def _move_around(z: Tensor, x0: Tensor, length: Tensor, noise: Tensor) -> Tensor:
-    """z moved on its l2 sphere around x0 along noise, by `length` times the radius, then into [0, 1]."""
-    delta, noise = (z - x0).flatten(1), noise.expand_as(z).flatten(1)
-    radius = delta.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    noise = noise - delta * ((noise * delta).sum(1, keepdim=True) / radius.square())
-    moved = delta + noise * (length[:, None] * radius / noise.norm(dim=1, keepdim=True))
-    return (x0 + (moved * (radius / moved.norm(dim=1, keepdim=True))).view_as(z)).clamp(0, 1)
+class _Walk(NamedTuple):
+    """Walks (W,) on the far side, several of an image one after the other: z, the plane, and what adapts."""
+
+    rows: Tensor  # which image
+    x0: Tensor  # that image (W, n)
+    z: Tensor  # misclassified, near the boundary (W, n)
+    normal: Tensor  # of the plane through z that the boundary is taken for (W, n), of length 1
+    reach: Tensor  # length of the moves aside, in units of ||z - x0||_2
+    gain: Tensor  # share of the distance that the last round won
+
+    def nearer_half(self, norm: Norm) -> "_Walk":
+        images = len(self.rows.unique())
+        order = distance(self.x0, self.z, norm).view(len(self.rows) // max(1, images), images).argsort(dim=0)
+        keep = order[: len(order) // 2] * images + torch.arange(images, device=order.device)
+        return _Walk(*(part[keep.flatten()] for part in self))
+
+
+def _begin(model, places: "list[_Best]", topk: int, generator) -> _Walk:
+    """A walk from each place for each image; from the nearest place again where noise found nothing in 40 tries."""
+    for place in places:
+        _start_from_noise(model, place, topk, _child(generator))
+    distances, found = (torch.stack([getattr(p, name) for p in places]) for name in ("distances", "adversarial"))
+    least, first = distances.min(dim=0)
+    rows = ((least > 0) & least.isfinite()).nonzero()[:, 0]
+    nearest_place = found[first[rows], rows].flatten(1)
+    z = found[:, rows].flatten(2).where(distances[:, rows, None].isfinite(), nearest_place).flatten(0, 1)
+    x0, one = places[0].images[rows].flatten(1).repeat(len(places), 1), torch.ones_like(z[:, 0])
+    return _Walk(rows.repeat(len(places)), x0, z, _unit(z - x0), one, one / 2)
+
+
+def _directions(shape, generator: Generator | None, coarsest: int = 8):
+    """Unit vectors (n,), without end: random orthonormal bases, first of coarse images, then of ever finer ones.
+
+    Photographs, and so the gradients of networks trained on them, vary slowly from pixel to pixel.  A basis is
+    that of the discrete cosine transform with random signs, in random order: no matrix is ever stored.
+    """
+    device = "cpu" if generator is None else generator.device
+    options = {"generator": generator, "device": device}
+    for level in itertools.count():
+        coarse = tuple(min(coarsest * 2**level, side) for side in shape[1:]) if len(shape) == 3 else shape[1:]
+        n = math.prod((shape[0], *coarse))
+        signs = 2.0 * torch.randint(2, (n,), **options) - 1
+        odd = 2 * torch.arange(n, device=device) + 1
+        for k in torch.randperm(n, **options).tolist():
+            angle = (k * odd % (4 * n)) * (math.pi / (2 * n))  # exact integers: k odd is too large for float32
+            u = (signs * angle.cos()).view(shape[0], *coarse)
+            if coarse != shape[1:]:
+                u = torch.nn.functional.interpolate(u[None], size=shape[1:], mode="bilinear")[0]
+            yield (u / u.norm()).flatten()
+
+
+def _round(model, walk: _Walk, moves: list[Tensor], images, labels, norm: Norm, topk: int) -> _Walk:
+    rows, x0, z, normal, reach, gain = walk
+
+    def holds(x: Tensor) -> Tensor:
+        return _margins(model, x.view(-1, *images.shape[1:]), labels[rows], topk) > 0
+
+    size = (reach * (z - x0).norm(dim=1))[:, None]
+
+    def move(direction: Tensor) -> tuple[Tensor, Tensor]:
+        moved = (z + size * direction).clamp(0, 1)
+        return holds(moved).to(z), moved - z
+
+    lean, share = _lean(move, normal, moves)
+    normal = _turn(move, normal, lean)
+    # On a flat boundary half of the moves hold: where far fewer or more do, it bends within their reach.
+    reach = (reach * (1.3 - 2 * (share - 0.5).abs())).clamp(1e-3, 1)
+    ahead = nearest(normal, (normal * (z - x0)).sum(dim=1), x0, norm)
+    z, gain = _approach(holds, x0, _towards(holds, x0, z, ahead, norm), gain)
+    return _Walk(rows, x0, z, normal, reach, gain.clamp_min(1e-3))
+
+
+def _lean(move, normal: Tensor, moves: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The direction along the plane that those moves share that held, and the share of them that did."""
+    held, kept, every = 0, 0, 0
+    for u in moves:
+        yes, moved = move(u - (normal @ u)[:, None] * normal)
+        held, kept, every = held + yes, kept + yes[:, None] * moved, every + moved
+    share = held / len(moves)
+    lean = kept - share[:, None] * every
+    return _unit(lean - (lean * normal).sum(dim=1, keepdim=True) * normal), share
+
+
+def _turn(move, normal: Tensor, lean: Tensor) -> Tensor:
+    """The normal, turned towards lean by the angle whose tangent is 2^t, t in -7 .. 3, by bisection; or not.
+
+    A move along lean - 2^t normal holds iff <true normal, lean> > 2^t <true normal, normal>.
+    """
+    low, high = torch.full_like(normal[:, 0], -7), torch.full_like(normal[:, 0], 3)
+    for _ in range(_TURNS):
+        middle = (low + high) / 2
+        held = move(_unit(lean - (2**middle)[:, None] * normal))[0] > 0
+        low, high = middle.where(held, low), high.where(held, middle)
+    tangent = torch.where(low > -7, 2 ** ((low + high) / 2), 0)
+    return _unit(normal + tangent[:, None] * lean)
+
+
+def _towards(holds, x0: Tensor, z: Tensor, ahead: Tensor, norm: Norm) -> Tensor:
+    """The point in the direction of x0 + ahead, or else half way there, that is just nearer than z; or else z."""
+    delta, radius = z - x0, distance(x0, z, norm).to(z) * (1 - 1e-4)
+    best, moved = z, torch.zeros_like(radius, dtype=torch.bool)
+    for part in (1.0, 0.5)[:_TRIES]:
+        tried = delta.lerp(ahead, part)
+        length = distance(torch.zeros_like(tried), tried, norm).to(z).clamp_min(torch.finfo(z.dtype).tiny)
+        tried = (x0 + tried * (radius / length)[:, None]).clamp(0, 1)
+        better = holds(tried) & ~moved
+        best, moved = tried.where(better[:, None], best), moved | better
+    return best
+
+
+def _approach(holds, x0: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """z moved towards x0 up to the boundary, and the share of the way; `gain` is a first guess of it."""
+    low, high = torch.zeros_like(gain), torch.ones_like(gain)
+    for _ in range(_HALVINGS):
+        bracketed = low > 0
+        middle = ((low + high) / 2).where(bracketed, high * (1 - gain))
+        held = holds(x0.lerp(z, middle[:, None]))
+        gain = (2 * gain).clamp_max(0.5).where(held & ~bracketed, gain)
+        low, high = low.where(held, middle), middle.where(held, high)
+    return x0.lerp(z, high[:, None]), 1 - high
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
 
 
 def _child(generator: Generator | None) -> Generator:
@@ -505,11 +626,6 @@ def _child(generator: Generator | None) -> Generator:
     device = "cpu" if generator is None else generator.device
     seed = torch.randint(2**62, (), generator=generator, device=device).item()
     return Generator(device).manual_seed(seed)
-
-
-def _gauss(z: Tensor, generator: Generator | None) -> Tensor:
-    device = z.device if generator is None else generator.device
-    return torch.randn(z.shape[1:], dtype=z.dtype, device=device, generator=generator).to(z.device)
 
 
 def _start_from_noise(model, best, topk, generator, tries: int = 40) -> None:
@@ -833,7 +949,7 @@ def _uniform(images: Tensor, radius: Tensor, norm: Norm, generator: torch.Genera
 _ATTACKS = {
     "fab": (fab, 2590),
     "pgd": (pgd, 885),
-    "boundary": (boundary, 518),
+    "boundary": (boundary, 546),
     "logbarrier": (logbarrier, 460),
     "carlini_wagner": (carlini_wagner, 1270),
 }
