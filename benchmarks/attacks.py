@@ -2,21 +2,29 @@
 
     pip install foolbox torchattacks adversarial-robustness-toolbox adv-lib       # only this script needs them
     python benchmarks/attacks.py                                                  # digits, a few minutes
-    python benchmarks/attacks.py --data cifar10 --data-dir cifar --cache cifar_cnn.pt
+    python benchmarks/attacks.py --data cifar10 --data-dir cifar --cache cifar_cnn.pt --images 24
+    python benchmarks/attacks.py --data imagenet --data-dir imagenet --topk 5 --images 8
 
---data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images.  The network is trained here (digits:
-seconds; CIFAR-10: minutes, kept in --cache) with eq. (8), lam in --lam.  Only images that it classifies correctly
-are attacked.  Every library's output is clipped to [0, 1], tested again and measured here; a failure is inf, and a
-mean over the images that all attacks in the table broke would hide it, so the table gives success and the mean
-over the attack's own successes.  A call is one image through a forward or through a backward pass.
+--data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images (cifar10) or val/<class>/*.JPEG, shrunk to
+32x32 here (imagenet).  The network is trained here (digits: seconds; CIFAR-10: minutes, kept in --cache) with
+eq. (8), lam in --lam; that for imagenet has a thousand classes and has seen nothing but the images it is attacked on.
+Only images that it classifies correctly are attacked.  Every library's output is clipped to [0, 1], tested again and
+measured here; a failure is inf, and a mean over the images that all attacks in the table broke would hide it, so the
+table gives success and the mean over the attack's own successes.  A call is one image through a forward or
+through a backward pass.
+
+The second table holds each attack against its namesakes, with as many of its steps as take no more calls than they
+do (`EFFORTS`), on the images that both broke.  With --topk no peer knows what to do; they get one image at a time, and
+a network whose ten classes are the label, and the others by rank from the k-th on (`Ranked`).
 """
 
+import functools
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +36,20 @@ import attacks
 import gradreg
 
 ORDER = {"l2": 2, "linf": float("inf")}
+
+# Ours, at e times the default effort, as keyword arguments.
+EFFORTS = {
+    "fab": lambda e, topk: {
+        "targets": round(9 * e) if topk == 1 else 0,
+        "restarts": round(6 * e),
+        "steps": round((80 if topk == 1 else 160) * min(1, 4 * e)),
+    },
+    "pgd": lambda e, _: {"targets": min(3, 1 + round(e / 2)), "steps": max(2, round(20 * min(e, e**0.5)))},
+    "carlini_wagner": lambda e, _: (
+        {"steps": round(100 * e)} if e > 0.5 else {"targets": 0, "rounds": 2, "steps": max(2, round(300 * e))}
+    ),
+    "boundary": lambda e, _: {"calls": round(450 * e)},
+}
 
 
 # Networks --------------------------------------------------------------------------------------------------
@@ -41,7 +63,7 @@ def network(data: str) -> nn.Sequential:
     if data == "digits":
         return nn.Sequential(*block(1, 32, 1), *block(32, 64, 2), nn.Flatten(), nn.Linear(64 * 16, 10))
     blocks = [*block(3, 32, 2), *block(32, 64, 1), *block(64, 64, 2), *block(64, 128, 2)]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 10))
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 1000 if data == "imagenet" else 10))
 
 
 def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,9 +82,9 @@ def load_folder(folder: Path, per_class: int) -> tuple[Tensor, Tensor]:
     files = [
         (path, label)
         for label, name in enumerate(sorted(p.name for p in folder.iterdir()))
-        for path in sorted((folder / name).glob("*.jpg"))[:per_class]
+        for path in sorted([*(folder / name).glob("*.jpg"), *(folder / name).glob("*.JPEG")])[:per_class]
     ]
-    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
+    images = np.stack([np.asarray(Image.open(path).convert("RGB").resize((32, 32))) for path, _ in files])
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     return images[order].float() / 255, torch.tensor([label for _, label in files])[order]
@@ -81,26 +103,32 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, lam: float, epochs: 
             schedule.step()
 
 
-def prepare(data: str, data_dir: Path, cache: Path | None, lam: float, count: int):
-    """The trained network, and the first `count` test images that it classifies correctly."""
-    torch.manual_seed(0)
-    model = network(data)
+def load(data: str, data_dir: Path):
+    """Images and labels to attack, and a function that loads those to train on."""
     if data == "digits":
         x, y, images, labels = load_digits()
-    else:
-        images, labels = load_folder(data_dir / "test", 100)
+        return images, labels, lambda: (x, y)
+    if data == "imagenet":
+        images, labels = load_folder(data_dir / "val", 1)
+        return images, labels, lambda: (images, labels)
+    return *load_folder(data_dir / "test", 100), lambda: load_folder(data_dir / "train", 5000)
+
+
+def prepare(data: str, data_dir: Path, cache: Path | None, lam: float, count: int, seed: int = 0, topk: int = 1):
+    """The trained network, and the first `count` images, from the seed-th count on, that it classifies correctly."""
+    torch.manual_seed(seed)
+    model = network(data)
+    images, labels, for_training = load(data, data_dir)
     if cache and cache.exists():
         model.load_state_dict(torch.load(cache, weights_only=True))
     else:
-        if data != "digits":
-            x, y = load_folder(data_dir / "train", 5000)
-        train(model, x, y, lam, epochs=30 if data == "digits" else 3)
+        train(model, *for_training(), lam, epochs={"digits": 30, "cifar10": 3, "imagenet": 150}[data])
         if cache:
             torch.save(model.state_dict(), cache)
     model.eval().requires_grad_(False)
-    right = torch.cat([model(part).argmax(1) for part in images.split(500)]) == labels
-    print(f"{data}: test error {100 * (~right).double().mean():.1f} % of {len(images)} images")
-    return model, images[right][:count], labels[right][:count]
+    right = attacks.margin(torch.cat([model(part) for part in images.split(500)]), labels, topk) <= 0
+    print(f"{data}: top-{topk} error {100 * (~right).double().mean():.1f} % of {len(images)} images")
+    return model, images[right][seed * count :][:count], labels[right][seed * count :][:count]
 
 
 # Peers -----------------------------------------------------------------------------------------------------
@@ -122,6 +150,20 @@ class Counted(nn.Module):
 
     def backward(self, grad: Tensor) -> None:
         self.calls += len(grad)
+
+
+class Ranked(nn.Module):
+    """A network for one image, whose classes are its label, and the k-th to (k + 8)-th largest of the others."""
+
+    def __init__(self, model: nn.Module, label: Tensor, topk: int) -> None:
+        super().__init__()
+        self.model, self.label, self.topk = model, label, topk
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x)
+        label = self.label.expand(len(x), 1)
+        others = logits.scatter(1, label, -torch.inf).topk(self.topk + 8, dim=1).values
+        return torch.cat([logits.gather(1, label), others[:, self.topk - 1 :]], dim=1)
 
 
 def adv_lib_peers(norm: str, scale: float) -> dict:
@@ -153,38 +195,55 @@ def adv_lib_peers(norm: str, scale: float) -> dict:
 def foolbox_peers(norm: str, scale: float) -> dict:
     import foolbox
 
-    def minimal(attack):
-        def run(model, images, labels):
-            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
-            return attack(wrapped, images, labels, epsilons=None)[1]
+    lib = foolbox.attacks
 
-        return run
+    def run(attack, **options):
+        def broken(model, images, labels):
+            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
+            return attack(wrapped, images, labels, **options)
+
+        return broken
+
+    def minimal(attack):
+        return lambda *data: run(attack, epsilons=None)(*data)[1]
+
+    def from_noise(attack):
+        """With our starting points, since the library's own search for one gives up on some images."""
+
+        def started(model, images, labels):
+            begun = attacks.boundary(model, images, labels, norm=norm, calls=0, generator=seeded())
+            return run(attack, epsilons=None, starting_points=begun)(model, images, labels)[1]
+
+        return started
 
     def grid(attack):
-        def run(model, images, labels):
-            wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
-            radii = (scale * np.geomspace(0.25, 4, 16)).tolist()
-            _, found, broken = attack(wrapped, images, labels, epsilons=radii)
+        radii = (scale * np.geomspace(0.25, 4, 16)).tolist()
+
+        def smallest_radius(*data):
+            _, found, broken = run(attack, epsilons=radii)(*data)
             first = broken.int().argmax(0)
             return torch.stack([found[k][i] for i, k in enumerate(first.tolist())])
 
-        return run
+        return smallest_radius
 
-    lib = foolbox.attacks
-    start = lib.LinearSearchBlendedUniformNoiseAttack(steps=50)
-    peers = {"boundary": minimal(lib.BoundaryAttack(steps=1000, init_attack=start))}
+    peers = {
+        "boundary": from_noise(lib.BoundaryAttack(steps=1000)),
+        "boundary: HopSkipJump": from_noise(
+            lib.HopSkipJumpAttack(steps=6, initial_gradient_eval_steps=100, constraint=norm)
+        ),
+    }
     if norm == "linf":
         return peers | {
             "pgd, 16 radii": grid(lib.LinfPGD(steps=40)),
             "deepfool": minimal(lib.LinfDeepFoolAttack()),
-            "brendel_bethge": minimal(lib.LinfinityBrendelBethgeAttack(init_attack=start, steps=50)),
+            "brendel_bethge": from_noise(lib.LinfinityBrendelBethgeAttack(steps=50)),
         }
     return peers | {
         "pgd, 16 radii": grid(lib.L2PGD(steps=40)),
         "deepfool": minimal(lib.L2DeepFoolAttack()),
         "ddn": minimal(lib.DDNAttack(steps=200)),
         "carlini_wagner": minimal(lib.L2CarliniWagnerAttack(binary_search_steps=6, steps=100)),
-        "brendel_bethge": minimal(lib.L2BrendelBethgeAttack(init_attack=start, steps=50)),
+        "brendel_bethge": from_noise(lib.L2BrendelBethgeAttack(steps=50)),
     }
 
 
@@ -216,25 +275,18 @@ def art_peers(norm: str, scale: float) -> dict:
         return attack
 
     quiet = {"verbose": False}
+    jump = {"norm": "inf" if norm == "linf" else 2, "max_iter": 6, "init_eval": 100, **quiet}
+    peers = {"boundary: HopSkipJump": run(lambda c: evasion.HopSkipJump(c, **jump))}
     if norm == "linf":
-        return {"carlini_wagner": run(lambda c: evasion.CarliniLInfMethod(c, max_iter=10, batch_size=128, **quiet))}
-    return {
+        return peers | {
+            "carlini_wagner": run(lambda c: evasion.CarliniLInfMethod(c, max_iter=10, batch_size=128, **quiet))
+        }
+    return peers | {
         "carlini_wagner": run(
             lambda c: evasion.CarliniL2Method(c, max_iter=20, binary_search_steps=5, batch_size=128, **quiet)
         ),
-        "boundary, 20 images": first(
-            20, run(lambda c: evasion.BoundaryAttack(c, targeted=False, max_iter=60, num_trial=5, **quiet))
-        ),
+        "boundary": run(lambda c: evasion.BoundaryAttack(c, targeted=False, max_iter=60, num_trial=5, **quiet)),
     }
-
-
-def first(count: int, attack):
-    """The attack on the first images only (its library takes them one by one), the others unchanged."""
-
-    def run(model, images, labels):
-        return torch.cat([attack(model, images[:count], labels[:count]), images[count:]])
-
-    return run
 
 
 LIBRARIES = {
@@ -248,94 +300,151 @@ LIBRARIES = {
 # Measurement -----------------------------------------------------------------------------------------------
 
 
-def measure(attack, model: nn.Module, images: Tensor, labels: Tensor, norm: str):
-    """Distances (N,), inf where it failed; calls per image; seconds."""
+class Measured(NamedTuple):
+    """distances (N,), inf where the attack failed; calls an image; seconds."""
+
+    distances: Tensor
+    calls: float
+    seconds: float
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def measure(attack, model: nn.Module, images: Tensor, labels: Tensor, norm: str, topk: int = 1) -> Measured:
     counted = Counted(model).eval()
     torch.manual_seed(0)
     began = time.perf_counter()
     found = attack(counted, images.clone(), labels.clone()).detach()
     seconds = time.perf_counter() - began
     found = found.float().clamp(0, 1)
-    wrong = model(found).argmax(1) != labels
+    wrong = attacks.margin(model(found), labels, topk) > 0
     distances = attacks.distance(images, found, norm)
-    return distances.where(wrong, torch.inf), counted.calls / len(images), seconds
+    return Measured(distances.where(wrong, torch.inf), counted.calls / len(images), seconds)
 
 
-def row(library: str, name: str, distances: Tensor, calls: float, seconds: float) -> None:
-    broken = distances.isfinite()
-    mean = f"{distances[broken].mean():.5f}" if broken.any() else "-"
-    print(f"| {library} | {name} | {mean} | {100 * broken.double().mean():.0f} | {calls:.0f} | {seconds:.1f} |")
+def one_by_one(attack, topk: int):
+    """A peer's attack on top-k: image by image, on the network whose classes are ranks."""
+
+    def run(model, images, labels):
+        none = torch.zeros(1, dtype=torch.int64)
+        return torch.cat([
+            torch.as_tensor(attack(Ranked(model, label, topk).eval(), image[None], none)).detach()
+            for image, label in zip(images, labels, strict=True)
+        ])  # fmt: skip
+
+    return run if topk > 1 else attack
+
+
+def mean(distances: Tensor, where: Tensor) -> str:
+    return f"{distances[where].mean():.5f}" if where.any() else "-"
+
+
+def row(library: str, name: str, found: Measured) -> None:
+    broken = found.distances.isfinite()
+    success = f"{100 * broken.double().mean():.0f} | {found.calls:.0f} | {found.seconds:.1f} |"
+    print(f"| {library} | {name} | {mean(found.distances, broken)} | {success}")
     sys.stdout.flush()
 
 
-def ours(norm: str) -> dict:
-    def seeded(attack, **options):
-        return lambda model, x, y: attack(model, x, y, norm=norm, generator=torch.Generator().manual_seed(0), **options)
-
-    return {
-        "fab": seeded(attacks.fab),
-        "pgd": seeded(attacks.pgd),
-        "carlini_wagner": seeded(attacks.carlini_wagner),
-        "carlini_wagner, 40 steps": seeded(attacks.carlini_wagner, steps=40),
-        "logbarrier": seeded(attacks.logbarrier),
-        "boundary, 1000 steps": seeded(attacks.boundary, steps=1000),
-    }
+def within(name: str, calls: float, run, topk: int) -> Measured:
+    """Our attack with the largest effort tried, at most six times its default, that takes no more calls."""
+    effort = min(6, 1.2 * calls / run(name).calls)
+    for _ in range(20):
+        found = run(name, **EFFORTS[name](effort, topk))
+        if found.calls <= calls:
+            return found
+        effort *= 0.85
+    raise ValueError(f"{name} cannot be done in {calls:.0f} calls")
 
 
-def compare(model: nn.Module, images: Tensor, labels: Tensor, norm: str) -> None:
-    print(f"\n{norm}, n = {len(images)}\n")
+def namesakes(theirs: dict, run, topk: int) -> None:
+    """Each attack of a peer beside ours of the same name, within as many calls."""
+    print("\n| attack | peer | calls: ours, peer | success %: ours, peer | mean distance: ours, peer | ours / peer |")
+    print("|---|---|---|---|---|---|")
+    for (library, name), peer in theirs.items():
+        own = next((own for own in EFFORTS if name.startswith(own)), "pgd" if name.startswith("apgd") else None)
+        if own is None:
+            continue
+        ours = within(own, peer.calls, run, topk)
+        both = ours.distances.isfinite() & peer.distances.isfinite()
+        ratio = ours.distances[both].mean() / peer.distances[both].mean()
+        success = ", ".join(f"{100 * found.distances.isfinite().double().mean():.0f}" for found in (ours, peer))
+        means = ", ".join(mean(found.distances, both) for found in (ours, peer))
+        print(f"| {own} | {library} {name} | {ours.calls:.0f}, {peer.calls:.0f} | {success} | {means} | {ratio:.3f} |")
+        sys.stdout.flush()
+
+
+def compare(model: nn.Module, images: Tensor, labels: Tensor, norm: str, topk: int) -> None:
+    @functools.cache
+    def run(name: str, **options) -> Measured:
+        def attack(counted, x, y):
+            return getattr(attacks, name)(counted, x, y, norm=norm, topk=topk, generator=seeded(), **options)
+
+        return measure(attack, model, images, labels, norm, topk)
+
+    print(f"\n{norm}, top {topk}, n = {len(images)}\n")
     print("| library | attack | mean distance | success % | calls | s |\n|---|---|---|---|---|---|")
-    for name, attack in ours(norm).items():
-        row("ours", name, *measure(attack, model, images, labels, norm))
+    for name in attacks.SUITE:
+        row("ours", name, run(name))
     suite = {}
 
     def smallest(counted, x, y):
-        suite["result"] = attacks.smallest(counted, x, y, norm=norm, generator=torch.Generator().manual_seed(0))
+        suite["result"] = attacks.smallest(counted, x, y, norm=norm, topk=topk, generator=seeded())
         return suite["result"].adversarial
 
-    distances, calls, seconds = measure(smallest, model, images, labels, norm)
-    row("ours", "**smallest**", distances, calls, seconds)
-    scale = distances.median().item()
-    best, total, spent = torch.full_like(distances, torch.inf), 0.0, 0.0
+    ours = measure(smallest, model, images, labels, norm, topk)
+    row("ours", "**smallest**", ours)
+    theirs = {}
     for library, peers in LIBRARIES.items():
         try:
-            named = peers(norm, scale)
+            named = peers(norm, ours.distances.median().item())
         except ImportError as error:
             print(f"| {library} | not installed: {error} | | | | |")
             continue
         for name, attack in named.items():
             try:
-                theirs, theirs_calls, theirs_seconds = measure(attack, model, images, labels, norm)
+                found = measure(one_by_one(attack, topk), model, images, labels, norm, topk)
             except Exception as error:  # a peer that cannot run is a row of the table
                 print(f"| {library} | {name}: {type(error).__name__} {str(error)[:80]} | | | | |")
                 continue
-            row(library, name, theirs, theirs_calls, theirs_seconds)
-            best, total, spent = best.minimum(theirs), total + theirs_calls, spent + theirs_seconds
-    row("peers", "**smallest of all**", best, total, spent)
-    ratio = distances / best
+            row(library, name, found)
+            theirs[library, name] = found
+    if not theirs:
+        return
+    best = torch.stack([found.distances for found in theirs.values()]).amin(dim=0)
+    total, spent = (sum(getattr(found, name) for found in theirs.values()) for name in ("calls", "seconds"))
+    row("peers", "**smallest of all**", Measured(best, total, spent))
+    ratio = ours.distances / best
     print(
-        f"\n{norm}: smallest / smallest of all peers: means {distances.mean() / best.mean():.4f}, "
+        f"\n{norm}: smallest / smallest of all peers: means {ours.distances.mean() / best.mean():.4f}, "
         f"per image mean {ratio.mean():.4f}, worst {ratio.max():.3f}, best {ratio.min():.3f}; "
-        f"calls {calls / total:.3f}, seconds {seconds / spent:.3f}"
+        f"calls {ours.calls / total:.3f}, seconds {ours.seconds / spent:.3f}"
     )
     print("found by", {name: suite["result"].attacks.count(name) for name in sorted(set(suite["result"].attacks))})
+    namesakes(theirs, run, topk)
 
 
 def main(
-    data: Annotated[str, typer.Option(help="digits or cifar10")] = "digits",
-    data_dir: Annotated[Path, typer.Option(help="holds train/<class>/*.jpg and test/<class>/*.jpg")] = Path("cifar"),
+    data: Annotated[str, typer.Option(help="digits, cifar10 or imagenet")] = "digits",
+    data_dir: Annotated[Path, typer.Option(help="holds train/<class>/* and test/<class>/*, or val/<class>/*")] = Path(
+        "cifar"
+    ),
     cache: Annotated[Path | None, typer.Option(help="where the trained network is kept")] = None,
     lam: Annotated[float, typer.Option(help="weight of the penalty in eq. (8), 0: undefended")] = 0.1,
     images: Annotated[int, typer.Option(help="images attacked")] = 50,
+    topk: Annotated[int, typer.Option(help="out of how many likeliest classes an image is to be moved")] = 1,
+    seed: Annotated[int, typer.Option(help="of the network; other images for each")] = 0,
     norms: Annotated[str, typer.Option(help="comma-separated")] = "linf,l2",
 ) -> None:
     """Print one table per norm."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model, x, y = prepare(data, data_dir, cache, lam, images)
-    print(f"lam {lam}, seed 0, one thread, torch {torch.__version__}")
+    model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
+    print(f"lam {lam}, seed {seed}, one thread, torch {torch.__version__}")
     for norm in norms.split(","):
-        compare(model, x, y, norm)
+        compare(model, x, y, norm, topk)
 
 
 if __name__ == "__main__":
