@@ -11,7 +11,7 @@ makes a weak network look robust.  So every attack keeps its best iterate, every
 
     pgd              Madry et al. (2018): in a ball of radius eps, and the smallest eps by bisection
     carlini_wagner   Carlini & Wagner (2017): the constraint as a penalty, its weight by binary search
-    boundary         Brendel et al. (2018): a random walk along the boundary; uses no gradient
+    boundary         Brendel et al. (2018): a walk along the boundary; uses no gradient, only decisions
     logbarrier       Finlay et al. (2019): from outside, the constraint as a logarithmic barrier
     fab              not in the paper; after Croce & Hein (2020): projections onto the linearised boundary
 
@@ -221,7 +221,7 @@ def fab(
     a step overshoots adapts to each image, and a step costs 2 calls, not 2 forward and (classes - 1) backward.
     """
     best = _Best(model, images, labels, norm, topk)
-    steps = steps or (80 if topk == 1 else 160)
+    steps = (80 if topk == 1 else 160) if steps is None else steps
     targets = (9 if topk == 1 else 0) if targets is None else targets
     _follow(model, best, images, None, topk, steps)
     for goal in _goals(model, best, topk, targets):

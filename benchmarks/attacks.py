@@ -4,6 +4,7 @@
     python benchmarks/attacks.py                                                  # digits, a few minutes
     python benchmarks/attacks.py --data cifar10 --data-dir cifar --cache cifar_cnn.pt --images 24
     python benchmarks/attacks.py --data imagenet --data-dir imagenet --topk 5 --images 8
+    python benchmarks/attacks.py --data exact                                     # no peers: against exact distances
 
 --data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images (cifar10) or val/<class>/*.JPEG, shrunk to
 32x32 here (imagenet).  The network is trained here (digits: seconds; CIFAR-10: minutes, kept in --cache) with
@@ -19,6 +20,7 @@ a network whose ten classes are the label, and the others by rank from the k-th 
 """
 
 import functools
+import itertools
 import sys
 import time
 import warnings
@@ -31,7 +33,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import oracle
+
 import attacks
 import gradreg
 
@@ -139,11 +144,11 @@ class Counted(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.calls = model, 0
+        self.model, self.calls, self.dtype = model, 0, next(model.parameters()).dtype
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += len(x)
-        logits = self.model(x.float())  # some libraries hand over float64
+        logits = self.model(x.to(self.dtype))  # some libraries hand over float64
         if logits.requires_grad:
             logits.register_hook(self.backward)
         return logits
@@ -318,7 +323,7 @@ def measure(attack, model: nn.Module, images: Tensor, labels: Tensor, norm: str,
     began = time.perf_counter()
     found = attack(counted, images.clone(), labels.clone()).detach()
     seconds = time.perf_counter() - began
-    found = found.float().clamp(0, 1)
+    found = found.to(images).clamp(0, 1)
     wrong = attacks.margin(model(found), labels, topk) > 0
     distances = attacks.distance(images, found, norm)
     return Measured(distances.where(wrong, torch.inf), counted.calls / len(images), seconds)
@@ -369,10 +374,10 @@ def namesakes(theirs: dict, run, topk: int) -> None:
             continue
         ours = within(own, peer.calls, run, topk)
         both = ours.distances.isfinite() & peer.distances.isfinite()
-        ratio = ours.distances[both].mean() / peer.distances[both].mean()
+        ratio = f"{ours.distances[both].mean() / peer.distances[both].mean():.3f}" if both.any() else "-"
         success = ", ".join(f"{100 * found.distances.isfinite().double().mean():.0f}" for found in (ours, peer))
         means = ", ".join(mean(found.distances, both) for found in (ours, peer))
-        print(f"| {own} | {library} {name} | {ours.calls:.0f}, {peer.calls:.0f} | {success} | {means} | {ratio:.3f} |")
+        print(f"| {own} | {library} {name} | {ours.calls:.0f}, {peer.calls:.0f} | {success} | {means} | {ratio} |")
         sys.stdout.flush()
 
 
@@ -426,8 +431,47 @@ def compare(model: nn.Module, images: Tensor, labels: Tensor, norm: str, topk: i
     namesakes(theirs, run, topk)
 
 
+# Exact distances -------------------------------------------------------------------------------------------
+
+
+def against_closed_forms(count: int, seed: int) -> None:
+    """Every attack on linear classifiers, in float64, where the smallest distance is known."""
+    print("| norm | classes | dimension | attack | found / exact, mean | worst | calls | s |")
+    print("|---|---|---|---|---|---|---|---|")
+    walks = {(2, 64): (1000, None), (10, 64): (16_000, 64), (2, 3072): (12_000, None), (10, 3072): (40_000, 16)}
+    for norm, (classes, dim) in itertools.product(ORDER, walks):
+        generator = torch.Generator().manual_seed(seed)
+        model = oracle.linear(generator, classes, dim, torch.float64, grey_ties=True)
+        images = 0.3 + 0.4 * torch.rand(count, dim, generator=generator, dtype=torch.float64)
+        labels = model(images).argmax(1)
+        exact = oracle.closed_form(model, images, labels, norm)
+        for name in attacks.SUITE:
+            more = dict(zip(("calls", "walks"), walks[classes, dim], strict=True)) if name == "boundary" else {}
+            attack = functools.partial(getattr(attacks, name), norm=norm, generator=seeded(), **more)
+            found = measure(attack, model, images, labels, norm)
+            ratio = found.distances / exact
+            figures = f"{ratio.mean():.4f} | {ratio.max():.4f} | {found.calls:.0f} | {found.seconds:.1f}"
+            print(f"| {norm} | {classes} | {dim} | {name} | {figures} |", flush=True)
+
+
+def against_the_oracle(count: int) -> None:
+    """`smallest` in linf on networks whose exact distances mixed-integer programs give."""
+    print("\n| network | n | found / exact, mean | worst | least | calls |\n|---|---|---|---|---|---|")
+    for seed, lam in ((0, 0.0), (1, 1.0), (2, 0.1)):
+        model, (images, labels) = oracle.digits_mlp(seed, lam), oracle.digits()
+        images, labels = images[898 : 898 + count], labels[898 : 898 + count]
+        found = attacks.smallest(model, images, labels, norm="linf", generator=seeded())
+        exact = torch.tensor([
+            oracle.exact_linf_distance(model, x, int(y), upper=1.05 * float(d) + 1e-3)
+            for x, y, d in zip(images, labels, found.distances, strict=True)
+        ])  # fmt: skip
+        ratio = (found.distances / exact)[exact > 0]
+        figures = f"{ratio.mean():.4f} | {ratio.max():.4f} | {ratio.min():.6f} | {sum(found.calls.values()):.0f}"
+        print(f"| 64-20-10, lambda {lam:g} | {len(ratio)} | {figures} |", flush=True)
+
+
 def main(
-    data: Annotated[str, typer.Option(help="digits, cifar10 or imagenet")] = "digits",
+    data: Annotated[str, typer.Option(help="digits, cifar10, imagenet, or exact (closed forms)")] = "digits",
     data_dir: Annotated[Path, typer.Option(help="holds train/<class>/* and test/<class>/*, or val/<class>/*")] = Path(
         "cifar"
     ),
@@ -441,6 +485,9 @@ def main(
     """Print one table per norm."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if data == "exact":
+        against_closed_forms(images, seed)
+        return against_the_oracle(images)
     model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
     print(f"lam {lam}, seed {seed}, one thread, torch {torch.__version__}")
     for norm in norms.split(","):

@@ -1,9 +1,10 @@
-"""Exact answers to test against: small networks trained on digits, and the true linf distance of each image.
+"""Exact answers to test against: linear classifiers in closed form, and small networks trained on digits.
 
-The oracle is a certificate, not an attack: nine mixed-integer linear programs (one per wrong class) say how
-near the nearest misclassified image is.  Every lower bound must stay below it, every attack above it.
+The oracle of the networks is a certificate, not an attack: nine mixed-integer linear programs (one per wrong class)
+say how near the nearest misclassified image is.  Every lower bound must stay below it, every attack above it.
 """
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -43,6 +44,47 @@ def digits_mlp(seed: int, lam: float = 0.0, hidden: int = 20, norm: str = "linf"
             penalised.objective(lam).backward()
             optimizer.step()
     return model.eval().requires_grad_(False)
+
+
+def linear(generator, classes: int, dim: int, dtype=torch.float32, grey_ties: bool = False) -> torch.nn.Linear:
+    """Linear(dim, classes) of standard normal weights; with grey_ties, all its logits are 0 on a grey image.
+
+    Then noise, which is grey on average, finds every side of it.
+    """
+    model = torch.nn.Linear(dim, classes, dtype=dtype).requires_grad_(False).eval()
+    model.weight.copy_(torch.randn(classes, dim, generator=generator))
+    model.bias.copy_(-model.weight.sum(1) / 2 if grey_ties else torch.randn(classes, generator=generator) / 10)
+    return model
+
+
+def closed_form(model: torch.nn.Linear, images, labels, norm) -> torch.Tensor:
+    """The smallest distances (N,) of a linear classifier in the box, by sorting breakpoints, in float64.
+
+    For one other class: min ||d|| with <g, d> >= need and images + d in [0, 1].  Each |d_i| = min(t s_i, room_i)
+    grows with t until its room is used up; the breakpoints t_i = room_i / s_i are visited in order.
+    """
+    weight, bias, images = (value.double().numpy() for value in (model.weight, model.bias, images))
+    result = np.full(len(images), np.inf)
+    for i, c in itertools.product(range(len(images)), range(len(weight))):
+        label = int(labels[i])
+        if c == label:
+            continue
+        g = weight[c] - weight[label]
+        need = -(g @ images[i] + bias[c] - bias[label])
+        if need <= 0:
+            result[i] = 0
+            continue
+        size, speed = np.abs(g), np.abs(g) if norm == "l2" else np.ones_like(g)
+        room = np.where(g > 0, 1 - images[i], images[i])
+        order = np.argsort(room / speed)
+        full = np.concatenate([[0], np.cumsum((size * room)[order])])[:-1]  # from those whose room is used up
+        rate = np.cumsum((size * speed)[order][::-1])[::-1]  # growth of the others
+        t = (need - full) / rate
+        valid = t <= (room / speed)[order] * (1 + 1e-12)
+        if valid.any():
+            moves = np.minimum(t[np.argmax(valid)] * speed, room)
+            result[i] = min(result[i], np.linalg.norm(moves) if norm == "l2" else moves.max())
+    return torch.tensor(result)
 
 
 def exact_linf_distance(network: torch.nn.Sequential, image: Tensor, label: int, *, upper: float) -> float:
