@@ -108,7 +108,7 @@ def smallest(
         rows = best.todo()
         rows = rows[idle[rows] < patience]
         left = budget - sum(calls.values()) - 1  # one call for the last test
-        if most * len(rows) / len(images) > left:
+        if (most + topk - 1) * len(rows) / len(images) > left:
             break
         if len(rows) == 0:
             continue
@@ -465,17 +465,18 @@ def boundary(
     HopSkipJump, Chen et al. 2020), by an angle found by bisection.  Then it goes to the point of that plane
     nearest to the image, exact in either norm, and from there towards the image, up to the boundary.
 
-    It begins from `start` (adversarial images) or, where there is none, from noise; in `walks` places (a power of
-    two; without a start one for each 4 n calls, n values an image; fewer where calls are few; the further ones
-    from noise), of which the farther half is given up again and again, after equal shares of the calls.  At most
-    calls + 51 * walks + 1 calls.
+    It begins from `start` (adversarial images) or, where there is none, from noise.  It begins in `walks` places
+    (rounded down to a power of two; without a start one for each 4 n calls, n values an image; fewer where calls
+    are few; all but the first from noise), of which the farther half is given up again and again, after equal
+    shares of the calls.  At most calls + 51 * walks + 1 calls.
 
-    A half-space takes some 3 n calls to 5 %.  Where there are many classes or the boundary bends it finds a
-    nearby part of it, not always the nearest.  What it is for is masked gradients.
+    A half-space of thousands of dimensions takes 3 to 4 n calls to 5 %.  Where there are many classes or the
+    boundary bends it finds a nearby part of it, not always the nearest.  What it is for is masked gradients.
+    All walks of all images go through the model at once.
     """
-    n = images[0].numel()
+    n = math.prod(images.shape[1:])
     votes = min(round(10 * n**0.25), calls // 3)
-    cost = votes + _TURNS + _TRIES + _HALVINGS  # calls of a round
+    cost = votes + _TURNS + len(_PARTS) + _HALVINGS  # calls of a round
     walks = walks or (calls // (4 * n) if start is None else 1)
     shares = 1  # of the calls: 2^(shares - 1) walks begin, one is left
     while 2**shares <= walks and (shares + 1) * 2**shares * cost <= calls:
@@ -496,7 +497,7 @@ def boundary(
     return best.adversarial
 
 
-_TURNS, _TRIES, _HALVINGS = 4, 2, 8  # calls of a round of `boundary` beyond its votes
+_TURNS, _PARTS, _HALVINGS = 4, (1.0, 0.5), 8  # what a round of `boundary` calls for beyond its votes
 
 
 class _Walk(NamedTuple):
@@ -600,10 +601,10 @@ def _towards(holds, x0: Tensor, z: Tensor, ahead: Tensor, norm: Norm) -> Tensor:
     """The point in the direction of x0 + ahead, or else half way there, that is just nearer than z; or else z."""
     delta, radius = z - x0, distance(x0, z, norm).to(z) * (1 - 1e-4)
     best, moved = z, torch.zeros_like(radius, dtype=torch.bool)
-    for part in (1.0, 0.5)[:_TRIES]:
+    for part in _PARTS:
         tried = delta.lerp(ahead, part)
-        length = distance(torch.zeros_like(tried), tried, norm).to(z).clamp_min(torch.finfo(z.dtype).tiny)
-        tried = (x0 + tried * (radius / length)[:, None]).clamp(0, 1)
+        length = distance(torch.zeros_like(tried), tried, norm).to(z)
+        tried = (x0 + tried * (radius / length).where(length > 0, 0)[:, None]).clamp(0, 1)
         better = holds(tried) & ~moved
         best, moved = tried.where(better[:, None], best), moved | better
     return best
@@ -690,7 +691,7 @@ def logbarrier(
     A step that would be classified correctly is halved, at most 4 times, then not taken.  With the gradient of
     the linf norm itself, which is a single pixel, the attack is weak in linf; (2) has no such weakness.  The
     margin is that of the logits (the authors' is of probabilities, where it saturates).  At most
-    7 * steps + 65 calls.
+    7 * steps + 64 + topk calls.
     """
     best = _Best(model, images, labels, norm, topk, start)
     _start_from_noise(model, best, topk, _child(generator))
@@ -803,6 +804,7 @@ def _aim(model, z, labels, goal, topk, blend: float = 0.3) -> tuple[Tensor, Tens
 
     That is a mean of the leads over the label of the classes `goal` (None: of the k likeliest others), weighted
     towards the least, which alone decides: near the boundary of a top-k set several tie, and each holds the point.
+    It is negative where the least is, and positive where that is.
     """
     margins = []
 
@@ -812,6 +814,8 @@ def _aim(model, z, labels, goal, topk, blend: float = 0.3) -> tuple[Tensor, Tens
         others = logits.detach().scatter(1, labels[:, None], -torch.inf)
         leads = logits.gather(1, others.topk(topk, dim=1).indices if goal is None else goal)
         leads = leads - logits.gather(1, labels[:, None])
+        ahead = (leads > 0) & (leads.detach().amin(dim=1, keepdim=True) < 0)  # of the label already: no help, no harm
+        leads = leads.masked_fill(ahead, 0)
         return (_shares(leads.detach(), blend) * leads).sum(dim=1) - _slack(logits)
 
     aimed, grad = input_gradient(lead, z)
@@ -963,7 +967,8 @@ def _uniform(images: Tensor, radius: Tensor, norm: Norm, generator: torch.Genera
     return _column(radius.to(images), images) * point.to(images.device)
 
 
-# The most calls an image takes, with the test of the result and its refinement, as `smallest` runs the attack.
+# The most calls an image takes, with the test of the result and its refinement, as `smallest` runs the attack;
+# and topk - 1 more (`_goals`).
 _ATTACKS = {
     "fab": (fab, 2590),
     "pgd": (pgd, 885),
