@@ -47,7 +47,7 @@ EFFORTS = {
     "fab": lambda e, topk: {
         "targets": round(9 * e) if topk == 1 else 0,
         "restarts": round(6 * e),
-        "steps": round((80 if topk == 1 else 160) * min(1, 4 * e)),
+        "steps": round((80 if topk == 1 else 240) * min(1, 4 * e)),
     },
     "pgd": lambda e, _: {"targets": min(3, 1 + round(e / 2)), "steps": max(2, round(20 * min(e, e**0.5)))},
     "carlini_wagner": lambda e, _: (
