@@ -36,7 +36,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from gradreg import direction, dual_norm, input_gradient
+from gradreg import column, dual_norm, input_gradient, project, steepest, uniform_ball
 
 Norm = Literal["l2", "linf"]
 Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
@@ -228,7 +228,7 @@ def fab(
         _follow(model, best, images, goal, topk, steps)
     for _ in range(restarts):
         radius = best.distances.where(best.distances.isfinite(), 0)
-        around = _project(images + _uniform(images, radius, norm, generator), images, radius, norm)
+        around = project(_random_start(images, radius, norm, generator), images, radius, norm)
         _follow(model, best, around, None, topk, steps)
     return best.adversarial
 
@@ -302,8 +302,8 @@ def _radius(eps: float | Tensor, images: Tensor) -> Tensor:
 
 
 def _climb(model, images, labels, radius, loss, start, *, norm, steps, step_size, generator) -> Tensor:
-    start = images + _uniform(images, radius, norm, generator) if start is None else start
-    x = _project(start, images, radius, norm)
+    start = _random_start(images, radius, norm, generator) if start is None else start
+    x = project(start, images, radius, norm)
     for step in range(steps):
         _, grad = input_gradient(lambda z: loss(model(z), labels), x)
         x = _step_in_ball(x, grad, images, radius, norm, _rate(radius, step_size, step, steps))
@@ -318,7 +318,7 @@ def _break(model, best, rows, radius, runs, topk, walk) -> Tensor:
 
 
 def _run_in_ball(model, best, rows, radius, goal, topk, *, norm, steps, step_size, generator) -> Tensor:
-    x = _project(best.images + _uniform(best.images, radius, norm, generator), best.images, radius, norm)[rows]
+    x = project(_random_start(best.images, radius, norm, generator), best.images, radius, norm)[rows]
     for step in range(steps):
         if len(rows) == 0:
             return rows
@@ -337,8 +337,12 @@ def _rate(radius: Tensor, step_size: float | None, step: int, steps: int) -> Ten
 
 
 def _step_in_ball(x, grad, images, radius, norm, rate) -> Tensor:
-    uphill = grad.sign() if norm == "linf" else direction(grad, norm)
-    return _project(x + _column(rate.to(x), x) * uphill, images, radius, norm)
+    return project(x + column(rate.to(x), x) * steepest(grad, norm), images, radius, norm)
+
+
+def _random_start(images: Tensor, radius: Tensor, norm: Norm, generator: Generator | None) -> Tensor:
+    """One point drawn uniformly from the unit ball, scaled to each image's radius, on every image."""
+    return images + column(radius.to(images), images) * uniform_ball(images[:1], norm, generator)
 
 
 def _bisect(model, best, runs, topk, walk, rounds: int = 10, tol: float = 5e-3) -> None:
@@ -405,7 +409,7 @@ def _search_weight(model, best, rows, goal, topk, steps, rounds, rate, c) -> Non
     for _ in range(rounds):
 
         def descent(delta, grad, wrong, c=c):
-            return 2 * delta - _column(c * ~wrong, grad) * grad
+            return 2 * delta - column(c * ~wrong, grad) * grad
 
         reached = _minimise(model, best, rows, goal, topk, steps, rate, descent)
         low, high = low.where(reached, c), c.where(reached, high)
@@ -417,8 +421,8 @@ def _search_tau(model, best, rows, goal, topk, steps, rounds, tau) -> None:
     for _ in range(rounds):
 
         def descent(delta, grad, wrong, tau=tau):
-            outside = delta.abs() > _column(tau, delta)
-            return 2 * grad.abs() * delta.sign() * outside - _column(~wrong, grad) * grad
+            outside = delta.abs() > column(tau, delta)
+            return 2 * grad.abs() * delta.sign() * outside - column(~wrong, grad) * grad
 
         _minimise(model, best, rows, goal, topk, steps, 0.2 * tau, descent)
         known = best.distances[rows].to(tau)
@@ -438,7 +442,7 @@ def _minimise(model, best, rows, goal, topk, steps, rate, descent) -> Tensor:
         total = descent(z - x0, grad, margins > 0)
         first, second = first.lerp(total, 0.1), second.lerp(total.square(), 0.001)
         adam = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-12)
-        z = (z - _column(rate * (1 - step / steps) ** 2, z) * adam).clamp(0, 1)
+        z = (z - column(rate * (1 - step / steps) ** 2, z) * adam).clamp(0, 1)
     margins = _margins(model, z, best.labels[rows], topk)
     best.update(rows, z, margins)
     return reached | (margins > 0)
@@ -661,7 +665,7 @@ def _to_boundary(model, best, topk, halvings: int = 10) -> None:
     low, high = torch.zeros(len(rows)).to(x), torch.ones(len(rows)).to(x)
     for _ in range(halvings):
         middle = (low + high) / 2
-        z = x.lerp(far, _column(middle, x))
+        z = x.lerp(far, column(middle, x))
         margins = _margins(model, z, best.labels[rows], topk)
         best.update(rows, z, margins)
         low, high = middle.where(margins <= 0, low), middle.where(margins > 0, high)
@@ -934,37 +938,6 @@ def _safe_margin(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
 
 def _slack(logits: Tensor) -> Tensor:
     return 64 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(dim=1)
-
-
-def _column(values: Tensor, images: Tensor) -> Tensor:
-    """One value per image (N,) shaped to multiply images (N, ...)."""
-    return values.view(-1, *[1] * (images.ndim - 1))
-
-
-def _project(x: Tensor, images: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    """x, moved into the ball around images and into [0, 1]; never beyond radius, as `distance` measures."""
-    r, delta = _column(radius.to(x), x), x - images
-    if norm == "linf":
-        delta = delta.clamp(-r, r)
-    else:
-        length = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-        delta = delta * (r / _column(length, x).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)
-    x = (images + delta).clamp(0, 1)
-    while (beyond := distance(images, x, norm) > radius).any():  # by a rounding of images + delta
-        x = torch.where(_column(beyond, x), torch.nextafter(x, images), x)
-    return x
-
-
-def _uniform(images: Tensor, radius: Tensor, norm: Norm, generator: torch.Generator | None) -> Tensor:
-    """One point drawn uniformly from the unit ball, scaled to each image's radius."""
-    device = images.device if generator is None else generator.device
-    shape, options = images.shape[1:], {"dtype": images.dtype, "device": device, "generator": generator}
-    if norm == "linf":
-        point = 2 * torch.rand(shape, **options) - 1
-    else:
-        gauss = torch.randn(shape, **options)
-        point = gauss / gauss.norm() * torch.rand((), **options) ** (1 / gauss.numel())
-    return _column(radius.to(images), images) * point.to(images.device)
 
 
 # The most calls an image takes, with the test of the result and its refinement, as `smallest` runs the attack;

@@ -46,7 +46,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from gradreg import LossFn, Norm, direction, dual_norm, input_gradient
+from gradreg import LossFn, Norm, column, dual_norm, input_gradient, project, steepest, uniform_ball, vector_norm
 
 Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 Loss = Literal["probabilities", "logits"]
@@ -262,7 +262,7 @@ def estimate_by_sampling(
         index = torch.randint(len(images), (block_size,), generator=generator, device=images.device)
         x, loss_fn = images[index], _loss_fn(model, labels[index], topk, loss)
         start, grad = input_gradient(loss_fn, x)
-        v = sample_ball(x, norm, generator)
+        v = uniform_ball(x, norm, generator)
         slope = (v * grad).flatten(1).sum(1)
         with torch.no_grad():
             brackets = [(loss_fn(x + r * v) - start - r * slope).max() for r in eps.tolist()]  # eq. (5)
@@ -440,91 +440,36 @@ def _probe(loss_fn, x, points, eps, norm, steps, restarts, generator) -> tuple[T
     slopes, brackets = grad_norms.clone(), x.new_zeros(len(x), len(eps))  # v = 0: neither can be less
 
     def record(v: Tensor, losses: Tensor) -> None:
-        r, rise = _vector_norm(v, norm), losses - start
+        r, rise = vector_norm(v, norm), losses - start
         slopes.copy_(torch.maximum(slopes, torch.where(r > 1e-3 * eps[0], rise / r, 0)))  # rounding over r
         bracket = (rise - r * grad_norms)[:, None].where(r[:, None] <= eps, 0)  # every larger ball holds v
         brackets.copy_(torch.maximum(brackets, bracket))
 
-    best = _steepest(grad, norm)
+    best = steepest(grad, norm)
     for radius in eps.tolist():
         highest = torch.full_like(start, -torch.inf)
-        onward = best * (radius / _column(_vector_norm(best, norm).clamp_min(1e-30), x))
-        random = [radius * sample_ball(x, norm, generator) for _ in range(restarts)]
+        onward = best * (radius / column(vector_norm(best, norm).clamp_min(1e-30), x))
+        random = [radius * uniform_ball(x, norm, generator) for _ in range(restarts)]
         for first in (onward, *random, *points):
             for v, losses in _ascend(loss_fn, x, first, radius, norm, steps):
                 record(v, losses)
-                best = torch.where(_column(losses > highest, x), v, best)
+                best = torch.where(column(losses > highest, x), v, best)
                 highest = torch.maximum(losses, highest)
     return start, grad_norms, slopes, brackets
 
 
 def _ascend(loss_fn: LossFn, x: Tensor, v: Tensor, radius: float, norm: Norm, steps: int):
     """Projected gradient ascent on l with linearly shrinking steps: yields v and l(x + v), steps + 1 times."""
+    radius *= 1 - 1e-6  # so that the rounding of x + v - x does not push v out of its ball
     for step in range(steps):
-        v = _project(x, v, radius, norm)
+        v = project(x + v, x, radius, norm) - x
         losses, grad = input_gradient(loss_fn, x + v)
         yield v, losses
-        v = v + radius * (1 - step / steps) * _steepest(grad, norm)
-    v = _project(x, v, radius, norm)
+        v = v + radius * (1 - step / steps) * steepest(grad, norm)
+    v = project(x + v, x, radius, norm) - x
     with torch.no_grad():
         losses = loss_fn(x + v)
     yield v, losses
-
-
-def _project(x: Tensor, v: Tensor, radius: float, norm: Norm) -> Tensor:
-    """v in the ball and x + v in [0, 1]: clipping shortens v in every norm, because x is in [0, 1]."""
-    radius = radius * (1 - 1e-6)  # so that rounding does not push v out of its ball
-    if norm == "linf":
-        v = v.clamp(-radius, radius)
-    elif norm == "l2":
-        v = v * (radius / _column(_vector_norm(v, norm), v).clamp_min(1e-30)).clamp(max=1)
-    else:
-        v = _project_l1(v.flatten(1), radius).view_as(v)
-    return (x + v).clamp(0, 1) - x
-
-
-def _project_l1(v: Tensor, radius: float) -> Tensor:
-    """The nearest point of the l1 ball, for the rows of v (N, n): soft thresholding (Duchi et al. 2008)."""
-    sizes = v.abs().sort(1, descending=True).values
-    excess = (sizes.cumsum(1) - radius) / torch.arange(1, v.shape[1] + 1, device=v.device)
-    threshold = excess.amax(1, keepdim=True).clamp_min(0)
-    return v.sign() * (v.abs() - threshold).clamp_min(0)
-
-
-def _steepest(grad: Tensor, norm: Norm) -> Tensor:
-    """A step of length 1 (0 where grad is 0), steepest in the attack's norm; for l1 over a tenth of the pixels.
-
-    The steepest l1 step moves a single pixel, and ascent by single pixels does not get far.
-    """
-    if norm == "l1":
-        flat = grad.flatten(1)
-        cut = flat.abs().topk(math.ceil(flat.shape[1] / 10), dim=1).values[:, -1:]
-        kept = flat.sign().where(flat.abs() >= cut, 0)
-        return (kept / kept.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
-    return direction(grad, norm) * (math.sqrt(grad[0].numel()) if norm == "linf" else 1)
-
-
-def sample_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform points of the unit ball of the norm, one for each row of `like` (N, ...)."""
-    n, d = like.flatten(1).shape
-    options = {"dtype": like.dtype, "device": like.device, "generator": generator}
-    if norm == "linf":
-        v = torch.rand(n, d, **options) * 2 - 1
-    elif norm == "l2":
-        v = torch.randn(n, d, **options)
-        v = v / v.norm(dim=1, keepdim=True) * torch.rand(n, 1, **options) ** (1 / d)
-    else:  # d of d + 1 exponentials over their sum are the spacings of uniform numbers; signs at random
-        e = -torch.rand(n, d + 1, **options).clamp_min(1e-30).log()
-        v = torch.randn(n, d, **options).sign() * e[:, :d] / e.sum(1, keepdim=True)
-    return v.view_as(like)
-
-
-def _vector_norm(v: Tensor, norm: Norm) -> Tensor:
-    return torch.linalg.vector_norm(v.flatten(1), {"l2": 2, "linf": math.inf, "l1": 1}[norm], dim=1)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 # --- extreme values ----------------------------------------------------------------------------------------

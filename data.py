@@ -45,13 +45,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
+from runs import Failure, Unusable, progress_bar, run_command
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images up to this size are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
 UNFINISHED = "unfinished"  # the file that marks a folder of copies to which some are still to come
 
 
-class DataError(ValueError):
+class DataError(Unusable):
     """Data that is missing or cannot be used; the message is one line and says what to do."""
 
 
@@ -742,8 +744,6 @@ def main(
     quality: Annotated[int, option("JPEG quality of the copies.", min=1, max=95)] = 90,
 ) -> int:
     """Make smaller copies of an image folder, decoded faster.  Killed, the same command goes on where it was."""
-    from runs import Failure  # here, since runs stands on this module
-
     jobs = plan_copies(root, out, sorted(set(short_side)))
     make_folders(jobs, out)
     console, total = Console(soft_wrap=True, highlight=False), sum(len(paths) for paths, _ in jobs)
@@ -763,8 +763,6 @@ def main(
 
 def collect(messages: Iterator[str | None], total: int, console: Console) -> list[str]:
     """The messages, while a bar or now and then a line shows how far it is."""
-    from runs import progress_bar
-
     found, said = [], time.monotonic()
     with closing(messages), progress_bar(console, "copying", total) as show:
         for done, message in enumerate(messages, 1):
@@ -777,6 +775,4 @@ def collect(messages: Iterator[str | None], total: int, console: Console) -> lis
 
 
 if __name__ == "__main__":
-    import runs
-
-    sys.exit(runs.run_command(runs.data.main))  # not this module's main: runs would not know its errors
+    sys.exit(run_command(main))

@@ -28,7 +28,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -55,7 +54,18 @@ import data
 import gradreg
 import models
 from gradreg import cross_entropy, direction, input_gradient
-from runs import Failure, Stop, World, duration, progress_bar, provenance, refuse_if_running, replace, run_command
+from runs import (
+    Failure,
+    Stop,
+    World,
+    duration,
+    progress_bar,
+    provenance,
+    read_checkpoint,
+    refuse_if_running,
+    replace,
+    run_command,
+)
 
 BLOCK = 25  # images in a part
 RADII = {  # at which errors are reported: those of Tables 1 and 6, and what the 8x8 digits need
@@ -130,7 +140,7 @@ def open_run(path: Path, data_dir: Path | None, topk: int | None) -> Target:
     """A run directory's network and test images.  Raises Failure."""
     refuse_if_running(path)
     try:
-        config = models.read_checkpoint(path / "checkpoint.pt")["config"]
+        config = read_checkpoint(path / "checkpoint.pt")["config"]
         network = models.load(path)
     except ValueError as error:
         raise Failure(str(error), 2) from None
@@ -156,23 +166,9 @@ def seconds_of(log: Path) -> float | None:
 
 def open_factory(spec: str, name: str, data_dir: Path, topk: int | None, root: Path, seed: int) -> Target:
     """The network that FILE.py:FACTORY returns; its weights, where they are random, depend on the seed."""
-    file, _, factory = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise Failure(f"{spec}: no such file or run; a target is a run directory or FILE.py:FACTORY", 2)
-    module_spec = importlib.util.spec_from_file_location(f"target_{Path(file).stem}", file)
-    sys.path.insert(0, str(Path(file).resolve().parent))  # so that the file can import its neighbours
-    try:
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        torch.manual_seed(seed)
-        network = getattr(module, factory)()
-    except Exception as error:  # anything can happen in somebody's file
-        raise Failure(f"{spec}: {type(error).__name__}: {error}", 2) from None
-    finally:
-        sys.path.pop(0)
-    if not isinstance(network, nn.Module):
-        raise Failure(f"{spec}: returned a {type(network).__name__}, not a torch.nn.Module", 2)
     source, classes = data.load_test(name, data_dir)
+    network = models.from_file(spec, classes=len(classes), seed=seed)
+    file, _, factory = spec.rpartition(":")
     topk = topk or (5 if name == "imagenet" else 1)
     label = f"{Path(file).stem}-{factory}"
     content = Path(file).read_bytes()

@@ -25,6 +25,8 @@ image).  The second forward pass, at x + h d, uses its own batch statistics, and
 running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.  In
 evaluation mode the images are independent.
 
+The second half is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].
+
 Left out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
 """
 
@@ -175,6 +177,81 @@ def jvp_penalty(
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
     return Penalised(losses, _power(slopes, squared), grad)
+
+
+# --- geometry: balls of the attack's norm, and the box of images ------------------------------------------
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """One value per image (N,), shaped to multiply images `like` (N, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def vector_norm(v: Tensor, norm: Norm) -> Tensor:
+    """||v_i|| (N,) in the attack's own norm."""
+    check_norm(norm)
+    return torch.linalg.vector_norm(v.flatten(1), {"l2": 2, "linf": math.inf, "l1": 1}[norm], dim=1)
+
+
+def steepest(grad: Tensor, norm: Norm) -> Tensor:
+    """The steepest step of length 1 in the attack's norm, like grad; 0 where grad is 0.
+
+    In l1 a tenth of the pixels share it: the steepest step moves a single one, and ascent by those does not get far.
+    """
+    if norm == "l1":
+        flat = grad.flatten(1)
+        cut = flat.abs().topk(math.ceil(flat.shape[1] / 10), dim=1).values[:, -1:]
+        kept = flat.sign().where(flat.abs() >= cut, 0)
+        return (kept / kept.abs().sum(1, keepdim=True).clamp_min(1)).view_as(grad)
+    return _sign(grad) if norm == "linf" else direction(grad, norm)
+
+
+def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Tensor:
+    """x, moved into the ball of `radius` (one, or one per image) around each image, and into [0, 1].
+
+    The result is never beyond radius, measured in float64.  Clipping to [0, 1] only shortens x - images, because
+    images are in [0, 1].
+    """
+    check_norm(norm)
+    radius = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
+    r, delta = column(radius.to(x), x), x - images
+    if norm == "linf":
+        delta = delta.clamp(-r, r)
+    elif norm == "l2":
+        delta = delta * (r / column(vector_norm(delta, norm), x).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)
+    else:
+        delta = _project_l1(delta.flatten(1), radius.to(x)).view_as(x)
+    x = (images + delta).clamp(0, 1)
+    while (beyond := vector_norm(x.double() - images.double(), norm) > radius).any():  # by a rounding of images + delta
+        x = torch.where(column(beyond, x), torch.nextafter(x, images), x)
+    return x
+
+
+def _project_l1(v: Tensor, radius: Tensor) -> Tensor:
+    """The nearest point of the l1 ball, for the rows of v (N, n): soft thresholding (Duchi et al. 2008)."""
+    sizes = v.abs().sort(1, descending=True).values
+    excess = (sizes.cumsum(1) - radius[:, None]) / torch.arange(1, v.shape[1] + 1, device=v.device)
+    threshold = excess.amax(1, keepdim=True).clamp_min(0)
+    return v.sign() * (v.abs() - threshold).clamp_min(0)
+
+
+def uniform_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = None) -> Tensor:
+    """Points drawn uniformly from the unit ball of the attack's norm, one for each row of `like` (N, ...)."""
+    check_norm(norm)
+    n, d = like.flatten(1).shape
+    options = {"dtype": like.dtype, "device": generator.device if generator else like.device, "generator": generator}
+    if norm == "linf":
+        v = torch.rand(n, d, **options) * 2 - 1
+    elif norm == "l2":
+        v = torch.randn(n, d, **options)
+        v = v / v.norm(dim=1, keepdim=True) * torch.rand(n, 1, **options) ** (1 / d)
+    else:  # d of d + 1 exponentials over their sum are the spacings of uniform numbers; signs at random
+        e = -torch.rand(n, d + 1, **options).clamp_min(1e-30).log()
+        v = torch.randn(n, d, **options).sign() * e[:, :d] / e.sum(1, keepdim=True)
+    return v.view_as(like).to(like.device)
+
+
+# --- inner parts -------------------------------------------------------------------------------------------
 
 
 def _losses_and_gradient(

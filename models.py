@@ -9,14 +9,16 @@ Normalization of the input, where a network wants it, is its first layer, so tha
 step size in this project is in pixels.  Any activation can take the place of every ReLU.
 """
 
+import importlib.util
 import os
-import pickle
-import zipfile
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from runs import Failure, Unusable, read_checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
@@ -151,25 +153,10 @@ def with_activation(network: nn.Module, activation: str) -> nn.Module:
     return network
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The checkpoint at `path`, tensors on the CPU; nothing in the file is ever executed.
-
-    Raises ValueError, in one line, for a file that is missing, damaged, or not a checkpoint of this project.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():
-        raise ValueError(f"{path}: not a checkpoint of this project (no config, model and step in it)")
-    return state
-
-
 def load(path: str | os.PathLike) -> nn.Module:
     """The trained network of a run directory or a checkpoint file, in evaluation mode, on the CPU.
 
-    Raises ValueError, in one line, where `read_checkpoint` does or where the weights do not fit the network.
+    Raises Unusable where `read_checkpoint` does or where the weights do not fit the network.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
@@ -178,7 +165,7 @@ def load(path: str | os.PathLike) -> nn.Module:
         network = from_config(state["config"])
         network.load_state_dict(state["model"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: the weights do not fit the network its config names") from None
+        raise Unusable(f"{path}: the weights do not fit the network its config names") from None
     return network.eval()
 
 
@@ -191,3 +178,27 @@ def from_config(config: dict[str, Any]) -> nn.Module:
         channels=config["channels"],
         activation=options["activation"],
     )
+
+
+def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
+    """The network that a stranger's FILE.py:FACTORY returns; its weights, where they are random, depend on the seed.
+
+    Raises Failure, in one line, for whatever goes wrong in there.
+    """
+    file, _, factory = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise Failure(f"{spec}: no such file or run; a target is a run directory or FILE.py:FACTORY", 2)
+    module_spec = importlib.util.spec_from_file_location(f"target_{Path(file).stem}", file)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # so that the file can import its neighbours
+    try:
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        torch.manual_seed(seed)
+        network = getattr(module, factory)()
+    except Exception as error:  # anything can happen in somebody's file
+        raise Failure(f"{spec}: {type(error).__name__}: {error}", 2) from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(network, nn.Module):
+        raise Failure(f"{spec}: returned a {type(network).__name__}, not a torch.nn.Module", 2)
+    return network

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -20,6 +21,7 @@ import sys
 import time
 import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-
-import data
-import models
 
 HEARTBEAT = 2.0  # seconds between two updates of status.json
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
@@ -49,6 +48,13 @@ class Failure(Exception):
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
+
+
+class Unusable(Failure, ValueError):
+    """Bad input: a file, a folder, a value that cannot be used.  The message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(message, 2)
 
 
 def run_command(command: Callable[..., None]) -> int:
@@ -75,8 +81,6 @@ def explain(error: Exception) -> tuple[str, int]:
     """The line and the exit code for an error that a user can cause; any other is raised again."""
     if isinstance(error, Failure):
         return str(error), error.code
-    if isinstance(error, data.DataError):
-        return str(error), 2
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory on the device; try a smaller --batch-size", 1
     if isinstance(error, OSError):
@@ -384,14 +388,29 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise Failure(message, 1) from None
 
 
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The checkpoint at `path`, tensors on the CPU; nothing in the file is ever executed.
+
+    Raises Unusable for a file that is missing, damaged, or not a checkpoint of this project.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise Unusable(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():
+        raise Unusable(f"{path}: not a checkpoint of this project (no config, model and step in it)")
+    return state
+
+
 def last_checkpoint(path: Path) -> tuple[dict[str, Any], str | None]:
     """The newest whole checkpoint of a run, and a warning where an unusable one is passed over."""
     try:
-        return models.read_checkpoint(path / "checkpoint.pt"), None
-    except ValueError as damaged:
+        return read_checkpoint(path / "checkpoint.pt"), None
+    except Unusable as damaged:
         try:
-            state = models.read_checkpoint(path / "checkpoint.previous.pt")
-        except ValueError:
+            state = read_checkpoint(path / "checkpoint.previous.pt")
+        except Unusable:
             raise Failure(f"{damaged}, and there is no earlier one", 2) from None
         return state, f"{damaged}; going on from the one before it, of step {state['step']}"
 

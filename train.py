@@ -47,6 +47,7 @@ from gradreg import (
     fd_penalty,
     input_gradient,
     jvp_penalty,
+    uniform_ball,
 )
 from runs import (
     Failure,
@@ -254,12 +255,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 def random_starts(images: Tensor, *, norm: str, eps: float, generator: torch.Generator, world: World) -> Tensor:
     """Points drawn uniformly from the balls around this process's images; the generator draws for all processes."""
-    shape, draw = (world.size, *images.shape), {"generator": generator, "device": images.device}
-    if norm == "linf":
-        return images + eps * (2 * torch.rand(shape, **draw) - 1)[world.rank]
-    gauss, lengths = torch.randn(shape, **draw)[world.rank], torch.rand(shape[:2], **draw)[world.rank]
-    lengths = eps * lengths ** (1 / images[0].numel())
-    return images + direction(gauss, "l2") * lengths[:, None, None, None]
+    everyones = images.expand(world.size, *images.shape).flatten(0, 1)
+    drawn = uniform_ball(everyones, norm, generator).unflatten(0, (world.size, -1))
+    return images + eps * drawn[world.rank]
 
 
 def adversarial(network: nn.Module, images: Tensor, labels: Tensor, starts: Tensor, options: dict[str, Any]) -> Tensor:

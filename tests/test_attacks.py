@@ -310,7 +310,7 @@ def test_pgd_takes_one_radius_per_image_and_returns_unbroken_images_unchanged():
 @pytest.mark.parametrize("norm", NORMS)
 def test_random_starts_are_uniform_in_the_ball(norm):
     images = torch.zeros(1, 3)
-    draws = torch.cat([attacks._uniform(images, torch.ones(1), norm, seeded(s)) for s in range(4000)])
+    draws = torch.cat([gradreg.uniform_ball(images, norm, seeded(s)) for s in range(4000)])
     radius = attacks.distance(torch.zeros_like(draws), draws, norm)
     shares = torch.stack([(radius <= r).double().mean() for r in (0.3, 0.5, 0.7, 0.9, 1.0)])
     volumes = torch.tensor([0.3, 0.5, 0.7, 0.9, 1.0], dtype=torch.float64) ** 3

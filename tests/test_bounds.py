@@ -14,6 +14,7 @@ from torch import nn
 
 import attacks
 import bounds
+import gradreg
 from bounds import (
     Estimate,
     certify_smoothing,
@@ -27,9 +28,9 @@ from bounds import (
     margins,
     omega_bound,
     omega_statistics,
-    sample_ball,
     violations,
 )
+from gradreg import uniform_ball
 
 NORMS = ("l2", "linf", "l1")
 ORDER = {"l2": 2, "linf": math.inf, "l1": 1}
@@ -552,7 +553,7 @@ def test_estimates_state_what_they_cost():
 @pytest.mark.parametrize("d", [1, 3, 50])
 def test_ball_samples_follow_the_radius_law(norm, d):
     """Of a uniform point of a ball, ||v||^d is uniform on [0, 1]."""
-    v = sample_ball(torch.zeros(4000, d, dtype=torch.float64), norm, generator(d))
+    v = uniform_ball(torch.zeros(4000, d, dtype=torch.float64), norm, generator(d))
     radii = torch.linalg.vector_norm(v, ORDER[norm], dim=1)
     assert scipy.stats.kstest((radii**d).numpy(), "uniform").pvalue > 1e-3
     assert abs(float(v.mean())) < 0.05
@@ -562,7 +563,7 @@ def test_ball_samples_follow_the_radius_law(norm, d):
 def test_ball_samples_match_rejection_from_the_cube(norm):
     cube = torch.rand(40_000, 3, generator=generator(1), dtype=torch.float64) * 2 - 1
     inside = cube[torch.linalg.vector_norm(cube, ORDER[norm], dim=1) <= 1][:4000]
-    v = sample_ball(torch.zeros(4000, 3, dtype=torch.float64), norm, generator(2))
+    v = uniform_ball(torch.zeros(4000, 3, dtype=torch.float64), norm, generator(2))
     for ours, theirs in ((v[:, 0], inside[:, 0]), (v @ v.new_tensor([1, -2, 1]), inside @ v.new_tensor([1, -2, 1]))):
         assert scipy.stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
 
@@ -571,12 +572,12 @@ def test_ball_samples_match_rejection_from_the_cube(norm):
 def test_projection_stays_in_the_ball_and_the_box_and_is_nearest(seed, norm, radius):
     draw = generator(seed)
     x, v = torch.rand(6, 8, generator=draw, dtype=torch.float64), torch.randn(6, 8, generator=draw, dtype=torch.float64)
-    p = bounds._project(x, v, radius, norm)
-    assert (torch.linalg.vector_norm(p, ORDER[norm], dim=1) <= radius).all()
+    p = gradreg.project(x + v, x, radius, norm) - x
+    assert (torch.linalg.vector_norm(p, ORDER[norm], dim=1) <= radius * (1 + 1e-12)).all()
     assert ((x + p >= 0) & (x + p <= 1)).all()
     if norm == "l1":
-        nearest = bounds._project_l1(v, radius)
-        others = radius * sample_ball(v.repeat(50, 1), norm, draw).view(50, 6, 8)
+        nearest = gradreg._project_l1(v, torch.full((len(v),), radius))
+        others = radius * uniform_ball(v.repeat(50, 1), norm, draw).view(50, 6, 8)
         better = (others - v).norm(dim=2) < (nearest - v).norm(dim=1) - 1e-9
         assert not better.any()
         sizes = nearest.abs().sum(1)
@@ -587,7 +588,7 @@ def test_projection_stays_in_the_ball_and_the_box_and_is_nearest(seed, norm, rad
 def test_steepest_steps_have_length_one(seed, norm):
     grad = torch.randn(5, 3, 8, generator=generator(seed), dtype=torch.float64)
     grad[0] = 0
-    step = bounds._steepest(grad, norm)
+    step = gradreg.steepest(grad, norm)
     sizes = torch.linalg.vector_norm(step.flatten(1), ORDER[norm], dim=1)
     torch.testing.assert_close(sizes, torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64))
     assert ((grad * step).flatten(1).sum(1)[1:] > 0).all()
