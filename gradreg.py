@@ -4,26 +4,30 @@ The training objective is eq. (8), written as a mean over images,
 
     mean_i  l(x_i; w)  +  lam/2  mean_i  ||grad_x l(x_i; w)||_*^2                   # eq. (8)
 
-where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.
+where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.  (Algorithm 1 has lam in
+the place of lam/2.  In linf every penalty here is ||g||_1^2 / n, n values per image, so that one lam means one thing;
+for finite differences this is the paper's own scale, for its double backpropagation we assume it.)
 
-One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2,
-in which the loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks divided by sqrt(n),
-see `direction`), and because d maximises <g, .>, the derivative of <g, d> with respect to the weights does
-not see d move (the envelope theorem).  So d may be detached from the graph without approximation, and what
-is left to compute is a directional derivative of the loss:
+One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2, in which the
+loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks divided by sqrt(n), see `direction`), and
+because d maximises <g, .>, the derivative of <g, d> with respect to the weights does not see d move (the envelope
+theorem).  So d may be detached without approximation, and what is left to compute is a directional derivative:
 
     fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
     exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
     jvp_penalty    d/dt l(x + t d) at t = 0     forward mode, then one ordinary backward: the other twin
 
-All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,); none of them knows what a
-network is.
+All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,); none knows what a network is.
 
-Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum*
-of the batch's losses with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one
-image).  The second forward pass, at x + h d, uses its own batch statistics, and every pass updates the
-running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.  In
-evaluation mode the images are independent.
+Chance.  The penalty of a network in training mode is the penalty of one draw of it (dropout, stochastic depth, noise):
+every pass begins with torch's random state, of the CPU and of x's device, as the first one found it, and the last one
+leaves it as one pass does.  A generator of the network's own, Python's and numpy's cannot be taken back: there the
+quotient is noise over h.  While a CUDA graph is captured torch lets nobody read its state, and raises.
+
+Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the
+batch's losses with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one image).  The second
+pass, at x + h d, uses its own batch statistics, and every pass updates the running ones: twice a step for `fd` and
+`jvp`, three times for central differences, once for `exact`.  In evaluation mode the images are independent.
 
 The second half is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].
 
@@ -57,6 +61,17 @@ class Penalised(NamedTuple):
         return self.losses.mean() + lam / 2 * self.penalties.mean()
 
 
+def penalty_weight(delta: float, curvature: float = 0.0) -> float:
+    """Prop. 3.1: the lam of (8) from the delta of the quadratic cost ||v||^2 / (2 delta) in (2) and (7).
+
+    max_v l(x + v) - ||v||^2 / (2 delta)  <=  l(x) + lam/2 ||g||_*^2   where omega(eps) <= curvature eps^2 / 2.
+    In linf multiply it by n for the penalties below.  Raises ValueError where the left side can be infinite.
+    """
+    if not (delta > 0 and delta * curvature < 1):
+        raise ValueError(f"delta must be positive and below 1 / curvature, not {delta} with curvature {curvature}")
+    return delta / (1 - delta * curvature)
+
+
 def check_norm(norm: str) -> None:
     """Raise ValueError unless `norm` names an attack norm."""
     if norm not in get_args(Norm):
@@ -78,6 +93,15 @@ def input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     losses, grad = _losses_and_gradient(loss_fn, x)
     return losses.detach(), grad
+
+
+@torch.enable_grad()
+def gradient(losses: Tensor, x: Tensor, **graph: bool) -> Tensor:
+    """d(sum of the losses)/dx; graph: retain_graph, create_graph.  ValueError, in one line, where there is none."""
+    grad = torch.autograd.grad(losses.sum(), x, allow_unused=True, **graph)[0] if losses.requires_grad else None
+    if grad is None:
+        raise ValueError("no gradient comes through to the images: something detaches them, or runs under no_grad")
+    return grad
 
 
 def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
@@ -118,13 +142,13 @@ def fd_penalty(
     squared: bool = True,
     scout: LossFn | None = None,
 ) -> Penalised:
-    """Algorithm 1: the penalty without double backpropagation; slopes within omega(h)/h of the exact ones.
+    """Algorithm 1: the penalty without double backpropagation; slopes exceed the exact ones by omega(h)/h at most (6).
 
     penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2                                        # eq. (9)
 
     central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is
-    smooth, for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3
-    with delta = lam/2.  h is in units of x, as a rule pixels in [0, 1] (the paper: 0.01).
+    smooth, for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with
+    delta = lam/2 (in linf lam / (2 sqrt(n))).  h is in units of x, as a rule pixels in [0, 1] (the paper: 0.01).
 
     The difference cancels digits: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless
     h is 0.1 or more.  A training step costs 7 forward passes' worth (a plain step: 3).
@@ -135,6 +159,7 @@ def fd_penalty(
     """
     if not (math.isfinite(h) and h > 0):
         raise ValueError(f"h must be a positive finite number, not {h}")
+    loss_fn, scout = _same_draw(loss_fn, x), scout and _same_draw(scout, x)
     if scout is None:
         losses, grad = _losses_and_gradient(loss_fn, x, retain_graph=True)
     else:
@@ -142,12 +167,8 @@ def fd_penalty(
         losses = _per_image(loss_fn(x.detach()), x)
     step = h * direction(grad, norm)  # built from a detached gradient: line "detach d" of Algorithm 1
     ahead = _per_image(loss_fn(x.detach() + step), x)
-    if central:
-        behind = _per_image(loss_fn(x.detach() - step), x)
-        slopes = (ahead - behind) / (2 * h)
-    else:
-        slopes = (ahead - losses) / h
-    return Penalised(losses, _power(slopes, squared), grad)
+    behind, width = (_per_image(loss_fn(x.detach() - step), x), 2 * h) if central else (losses, h)
+    return Penalised(losses, _power((ahead - behind) / width, squared), grad)
 
 
 def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
@@ -172,6 +193,7 @@ def jvp_penalty(
     cross_entropy fail in the backward after it (pytorch issue 162350): use `cross_entropy` from here.
     squared and scout as in `fd_penalty`.
     """
+    loss_fn, scout = _same_draw(loss_fn, x), scout and _same_draw(scout, x)
     _, grad = _losses_and_gradient(scout or loss_fn, x)
     d = direction(grad, norm)
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
@@ -209,8 +231,9 @@ def steepest(grad: Tensor, norm: Norm) -> Tensor:
 def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Tensor:
     """x, moved into the ball of `radius` (one, or one per image) around each image, and into [0, 1].
 
-    The result is never beyond radius, measured in float64.  Clipping to [0, 1] only shortens x - images, because
-    images are in [0, 1].
+    For images in [0, 1] and radius >= 0 the result is never beyond radius, measured in float64: clipping only shortens
+    x - images, and what is beyond by a rounding goes back by a growing share of its way, at last by all of it.
+    Nothing is checked: for a negative radius the result is the image, and NaN stays NaN.
     """
     check_norm(norm)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
@@ -220,10 +243,12 @@ def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Te
     elif norm == "l2":
         delta = delta * (r / column(vector_norm(delta, norm), x).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1)
     else:
-        delta = _project_l1(delta.flatten(1), radius.to(x)).view_as(x)
+        delta = _project_l1(delta.flatten(1).double(), radius).view_as(x).to(x)
     x = (images + delta).clamp(0, 1)
-    while (beyond := vector_norm(x.double() - images.double(), norm) > radius).any():  # by a rounding of images + delta
-        x = torch.where(column(beyond, x), torch.nextafter(x, images), x)
+    share = torch.finfo(x.dtype).eps
+    while share <= 1 and (beyond := vector_norm(x.double() - images.double(), norm) > radius).any():
+        x = torch.where(column(beyond, x), torch.nextafter(x.lerp(images, share), images), x)
+        share *= 2
     return x
 
 
@@ -254,17 +279,26 @@ def uniform_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = N
 # --- inner parts -------------------------------------------------------------------------------------------
 
 
-def _losses_and_gradient(
-    loss_fn: LossFn, x: Tensor, *, retain_graph: bool = False, create_graph: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Losses (N,), with their graph where it was asked for, and the gradient of their sum."""
+def _losses_and_gradient(loss_fn: LossFn, x: Tensor, **graph: bool) -> tuple[Tensor, Tensor]:
+    """Losses (N,), with the graph that was asked for (retain_graph, create_graph), and the gradient of their sum."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         losses = _per_image(loss_fn(x), x)
-        (grad,) = torch.autograd.grad(
-            losses.sum(), x, retain_graph=retain_graph or create_graph, create_graph=create_graph
-        )
-    return losses, grad
+    return losses, gradient(losses, x, **graph)
+
+
+def _same_draw(loss_fn: LossFn, x: Tensor) -> LossFn:
+    """loss_fn, every call of which begins with the random state of this moment (read in microseconds)."""
+    device = None if x.device.type in ("cpu", "meta") else torch.get_device_module(x.device)
+    cpu_state, state = torch.get_rng_state(), device and device.get_rng_state(x.device)
+
+    def replayed(z: Tensor) -> Tensor:
+        torch.set_rng_state(cpu_state)
+        if device:
+            device.set_rng_state(state, x.device)
+        return loss_fn(z)
+
+    return replayed
 
 
 def _sign(values: Tensor) -> Tensor:

@@ -1,23 +1,33 @@
 """The penalty: finite differences against exact gradients, in closed form where there is one."""
 
 import math
+from unittest import mock
 
 import pytest
+import scipy.stats
 import torch
-from hypothesis import given
+import torchvision
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import digits
 from torch import nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import gradreg
-from gradreg import direction, dual_norm, exact_penalty, fd_penalty, input_gradient, jvp_penalty
+from gradreg import direction, dual_norm, exact_penalty, fd_penalty, input_gradient, jvp_penalty, uniform_ball
 
 NORMS = ("l2", "linf", "l1")
+ORDER = {"l2": 2, "linf": math.inf, "l1": 1}
 seeds, norms = st.integers(0, 2**32 - 1), st.sampled_from(NORMS)
 
 
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def draw(seed, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
 
 
 def smooth_network(seed, dtype=torch.float64, activation=nn.SiLU):
@@ -266,6 +276,145 @@ def test_objective_has_the_half_of_eq_8():
     assert out.objective(0.5).item() == 2.0 + 0.25 * 6.0
 
 
+@given(seeds, norms, st.floats(0.01, 0.99))
+def test_proposition_3_1_bounds_the_attack_with_quadratic_cost(seed, norm, share):
+    """l(x + v) = l + <g, v> + v'Av/2, of curvature C: no v does better than (8); in l2 with A = C I one equals it."""
+    a, g, v = draw(seed, 6, 6), draw(seed + 1, 6), draw(seed + 2, 500, 6)
+    a = a + a.T
+    eigenvalues, absolute = torch.linalg.eigvalsh(a), a.abs()
+    curvature = {"l2": eigenvalues.max().clamp_min(0), "linf": absolute.sum(), "l1": absolute.max()}[norm].item()
+    delta = share / max(curvature, 0.1)
+    bound = gradreg.penalty_weight(delta, curvature) / 2 * dual_norm(g[None], norm).square()
+    v = v * torch.logspace(-3, 2, 500, dtype=v.dtype)[:, None]
+    cost = torch.linalg.vector_norm(v, ORDER[norm], dim=1).square() / (2 * delta)
+    assert (v @ g + (v @ a * v).sum(1) / 2 - cost <= bound * (1 + 1e-12)).all()
+    best = g / (1 / delta - curvature)
+    reached = best @ g + curvature * best @ best / 2 - best @ best / (2 * delta)
+    torch.testing.assert_close(reached, gradreg.penalty_weight(delta, curvature) / 2 * g @ g)
+
+
+@pytest.mark.parametrize(
+    ("delta", "curvature"), [(0.0, 1.0), (-1.0, 0.0), (0.5, 2.0), (math.nan, 0.0), (1.0, math.nan)]
+)
+def test_a_quadratic_cost_without_a_maximum_is_refused(delta, curvature):
+    with pytest.raises(ValueError, match="delta must be positive and below 1 / curvature"):
+        gradreg.penalty_weight(delta, curvature)
+
+
+# --- chance: one call, one draw ---------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """x + drop(x @ w): what drops whole branches needs something to stand beside."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(12, 12), drop
+
+    def forward(self, x):
+        return x + self.drop(torch.tanh(self.linear(x)))
+
+
+class Noise(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return x + self.scale * torch.randn_like(x) if self.training else x
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+RANDOM = {
+    "dropout": nn.Dropout,
+    "alpha dropout": nn.AlphaDropout,
+    "stochastic depth of rows": lambda p: Residual(torchvision.ops.StochasticDepth(p, "row")),
+    "stochastic depth of the batch": lambda p: Residual(torchvision.ops.StochasticDepth(p, "batch")),
+    "noise": Noise,
+    "two of them": lambda p: nn.Sequential(Residual(nn.Dropout(p)), nn.Tanh(), Noise(p)),
+    "checkpointed": lambda p: Checkpointed(Residual(nn.Dropout(p))),
+}
+
+
+@settings(max_examples=60)
+@given(seeds, norms, st.sampled_from(list(RANDOM)), st.floats(0, 0.9))
+def test_every_pass_sees_the_same_draw_and_the_state_moves_by_one_pass(seed, norm, kind, p):
+    torch.manual_seed(seed)
+    layers = nn.Flatten(), nn.Linear(8, 12), nn.Tanh(), RANDOM[kind](p), nn.Linear(12, 3)
+    network, x = nn.Sequential(*layers).double(), draw(seed, 5, 2, 4)
+    loss_fn = lambda z: gradreg.cross_entropy(network(z), torch.arange(5) % 3)  # noqa: E731
+
+    def at_the_seed(penalty, **how):
+        torch.manual_seed(seed)
+        out = penalty(loss_fn, x, norm=norm, **how)
+        return out, weight_gradient(out, network), torch.get_rng_state()
+
+    torch.manual_seed(seed)
+    loss_fn(x)
+    after_one_pass = torch.get_rng_state()
+    exact, truth, _ = at_the_seed(exact_penalty)
+    for penalty, how in (
+        (fd_penalty, {"h": 1e-6}),
+        (fd_penalty, {"h": 1e-5, "central": True, "scout": loss_fn}),
+        (jvp_penalty, {}),
+        (jvp_penalty, {"scout": loss_fn}),
+    ):
+        if kind == "checkpointed" and penalty is jvp_penalty:
+            break  # torch's checkpoint has no forward mode
+        out, gradient, state = at_the_seed(penalty, **how)
+        assert torch.equal(out.losses, exact.losses)
+        assert torch.equal(state, after_one_pass)
+        torch.testing.assert_close(out.grad, exact.grad)
+        torch.testing.assert_close(out.penalties, exact.penalties, rtol=1e-4, atol=1e-6)
+        assert (gradient - truth).norm() <= 1e-3 * truth.norm() + 1e-5
+
+
+def test_the_state_of_the_images_own_device_is_restored_before_every_pass():
+    """Of the device alone that x is on; a stand-in, where there is no second one."""
+    device, seen = mock.Mock(), []
+    device.get_rng_state.return_value = "as it was"
+    x = mock.Mock(device=torch.device("cuda:1"))
+    with mock.patch.object(torch, "get_device_module", return_value=device) as module:
+        loss_fn = gradreg._same_draw(lambda z: seen.append(z), x)
+        loss_fn(1), loss_fn(2)
+    module.assert_called_once_with(torch.device("cuda:1"))
+    assert device.mock_calls == [
+        mock.call.get_rng_state(torch.device("cuda:1")),
+        *[mock.call.set_rng_state("as it was", torch.device("cuda:1"))] * 2,
+    ]
+    assert seen == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_network_sees_the_same_draw_in_every_pass(backend):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(8, 12), nn.Tanh(), nn.Dropout(0.5), nn.Linear(12, 3))
+    compiled, labels, x = torch.compile(network, backend=backend), torch.arange(5) % 3, torch.rand(5, 2, 4)
+    torch.manual_seed(1)
+    out = fd_penalty(lambda z: gradreg.cross_entropy(compiled(z), labels), x, norm="l2", h=0.01)
+    torch.testing.assert_close(out.penalties, dual_norm(out.grad, "l2").square(), rtol=0.1, atol=1e-4)
+
+
+def test_a_network_with_dropout_learns_under_the_penalty():
+    """README's loop on digits: with another mask in each pass it stayed at 90 % error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Dropout(0.3), nn.Linear(100, 10))
+    optimizer, (images, labels) = torch.optim.Adam(model.parameters(), lr=5e-3), digits()
+    for _ in range(12):
+        for batch in torch.randperm(898).split(64):
+            loss_fn = lambda x, y=labels[batch]: gradreg.cross_entropy(model(x), y)  # noqa: E731
+            optimizer.zero_grad()
+            fd_penalty(loss_fn, images[batch], norm="l2", h=0.01).objective(0.1).backward()
+            optimizer.step()
+    wrong = model.eval()(images[898:]).argmax(1) != labels[898:]
+    assert wrong.double().mean() < 0.1
+
+
 # --- batch normalization, as the module's docstring promises ----------------------------------------------
 
 
@@ -285,3 +434,80 @@ def test_batch_normalization_updates_its_statistics_once_a_pass(penalty, updates
     assert network[2].num_batches_tracked == updates
     out.objective(1.0).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+# --- points in balls ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("d", [1, 3, 50])
+def test_ball_samples_follow_the_radius_law(norm, d):
+    """Of a uniform point of a ball, ||v||^d is uniform on [0, 1]."""
+    v = uniform_ball(torch.zeros(4000, d, dtype=torch.float64), norm, generator(d))
+    radii = torch.linalg.vector_norm(v, ORDER[norm], dim=1)
+    assert scipy.stats.kstest((radii**d).numpy(), "uniform").pvalue > 1e-3
+    assert abs(float(v.mean())) < 0.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_ball_samples_match_rejection_from_the_cube(norm):
+    cube = torch.rand(40_000, 3, generator=generator(1), dtype=torch.float64) * 2 - 1
+    inside = cube[torch.linalg.vector_norm(cube, ORDER[norm], dim=1) <= 1][:4000]
+    v = uniform_ball(torch.zeros(4000, 3, dtype=torch.float64), norm, generator(2))
+    for ours, theirs in ((v[:, 0], inside[:, 0]), (v @ v.new_tensor([1, -2, 1]), inside @ v.new_tensor([1, -2, 1]))):
+        assert scipy.stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
+
+
+@given(seeds, norms, st.floats(0.01, 3))
+def test_projection_stays_in_the_ball_and_the_box_and_is_nearest(seed, norm, radius):
+    x, v = torch.rand(6, 8, generator=generator(seed), dtype=torch.float64), draw(seed, 6, 8)
+    p = gradreg.project(x + v, x, radius, norm) - x
+    assert (torch.linalg.vector_norm(p, ORDER[norm], dim=1) <= radius * (1 + 1e-12)).all()
+    assert ((x + p >= 0) & (x + p <= 1)).all()
+    if norm == "l1":
+        nearest = gradreg._project_l1(v, torch.full((len(v),), radius))
+        others = radius * uniform_ball(v.repeat(50, 1), norm, generator(seed)).view(50, 6, 8)
+        better = (others - v).norm(dim=2) < (nearest - v).norm(dim=1) - 1e-9
+        assert not better.any()
+        sizes = nearest.abs().sum(1)
+        torch.testing.assert_close(sizes, v.abs().sum(1).clamp(max=radius))
+
+
+RADII = st.one_of(
+    st.floats(0, 100),
+    st.floats(1e-9, 1e-2),
+    st.integers(0, 16).map(lambda k: 1 - 10.0**-k),  # beside 1: back from pixel 0 to image 1 are a billion floats
+    st.sampled_from([8 / 255, math.inf, math.nan, -1.0, -math.inf]),
+)
+BOXES = {"unit": (0, 1), "black": (0, 0), "white": (1, 1), "dark": (0, 1e-6), "bytes": (0, 255), "normalised": (-2, 3)}
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=300)
+@given(seeds, norms, DTYPES, RADII, st.sampled_from(list(BOXES)), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_projection_ends_and_keeps_its_word_for_any_box_radius_and_precision(seed, norm, dtype, radius, box, scale):
+    low, high = BOXES[box]
+    images = (low + (high - low) * torch.rand(3, 50, generator=generator(seed))).to(dtype)
+    x = (images + scale * draw(seed, 3, 50, dtype=torch.float32)).to(dtype)
+    with mock.patch.object(gradreg, "vector_norm", wraps=gradreg.vector_norm) as measured:
+        p = gradreg.project(x, images, radius, norm)
+    assert measured.call_count <= 2 + 53  # float64 has 53 binary digits
+    assert p.dtype == dtype
+    if low >= 0 and high <= 1 and radius >= 0:
+        assert (torch.linalg.vector_norm(p.double() - images.double(), ORDER[norm], dim=1) <= radius).all()
+        assert ((p >= 0) & (p <= 1)).all()
+        if box == "unit" and 1e-2 <= radius <= 1e-1 and dtype in (torch.float32, torch.float64) and scale >= 1:
+            # Nothing is given away: but for rounding and the sides of the box, it reaches the sphere.
+            clipped = ((p == 0) | (p == 1)).any(1)
+            sizes = torch.linalg.vector_norm((p - images).double(), ORDER[norm], dim=1)
+            assert (clipped | (sizes >= radius * (1 - 1e-3))).all()
+
+
+@given(seeds, norms)
+def test_steepest_steps_have_length_one(seed, norm):
+    grad = torch.randn(5, 3, 8, generator=generator(seed), dtype=torch.float64)
+    grad[0] = 0
+    step = gradreg.steepest(grad, norm)
+    sizes = torch.linalg.vector_norm(step.flatten(1), ORDER[norm], dim=1)
+    torch.testing.assert_close(sizes, torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64))
+    assert ((grad * step).flatten(1).sum(1)[1:] > 0).all()
