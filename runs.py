@@ -1,11 +1,13 @@
 """What a long run needs and the paper does not mention: processes, files, checkpoints, signals, errors in one line.
 
 train.py and evaluate.py both stand on it; they never import each other and meet in the run directory, which
-README.md documents file by file and field by field.
+docs/run-directory.md documents file by file and field by field.
 """
 
 import contextlib
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing stops a second process
+    fcntl = None
+
 HEARTBEAT = 2.0  # seconds between two updates of status.json
+DYING, RESTARTED = 5.0, 60.0  # seconds to wait for a run's lock: its process may be ending; after torchrun's restart
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
 LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
 # gloo's words for a lost process
@@ -60,15 +68,18 @@ class Unusable(Failure, ValueError):
 def run_command(command: Callable[..., None]) -> int:
     """Run a typer command and return its exit code: whatever a user can cause ends in one line, not in a traceback."""
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # torch's own
+    sys.stdout, sys.stderr = Screen.over(sys.stdout, "replace"), Screen.over(sys.stderr, "backslashreplace")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
         code = app(standalone_mode=False) or 0
     except Exception as error:
         message, code = explain(error)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if code is None:
+            raise
+        if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") != "1":
         # All is written and closed.  Threads of torch have been seen to abort while the interpreter ends, which
         # makes a failure of a finished job: leave without that.
         sys.stdout.flush()
@@ -77,29 +88,52 @@ def run_command(command: Callable[..., None]) -> int:
     return code
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """The line and the exit code for an error that a user can cause; any other is raised again."""
+class Screen(io.TextIOWrapper):
+    """A stream that may go away (`| head`, a closed window, a full disk), or lack a letter: the work goes on."""
+
+    @classmethod
+    def over(cls, stream: Any, errors: str) -> Any:
+        """In place of standard output or error; anything else, as a test's, is returned as it is."""
+        if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:
+            return stream
+        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        return cls(stream.buffer, stream.encoding, errors, **how)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def explain(error: BaseException) -> tuple[str, int | None]:
+    """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Failure):
-        return str(error), error.code
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory on the device; try a smaller --batch-size", 1
-    if isinstance(error, OSError):
-        return f"{error.filename or 'writing'}: {error.strerror or error}", 1
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in LOST)):
+        return text, error.code
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory; try a smaller --batch-size", 1
+    if text.startswith("DataLoader worker (pid"):  # its process is gone: the kernel wanted its memory back
+        lacking = "shared memory (docker run --shm-size)" if "Bus error" in text else "memory"
+        return f"a process that reads images was killed, for want of {lacking} perhaps; try fewer --workers", 1
+    gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
+    if gone or isinstance(error, dist.DistError):
         return "another process of this job is gone; start the same command again, or resume the run", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror or text}", 1
     if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
         return "stopped", 130
     if hasattr(error, "format_message"):
-        return error.format_message(), error.exit_code
-    raise error
+        return " ".join(error.format_message().split()), error.exit_code
+    return text, None
 
 
 def reason_of(error: BaseException) -> str:
     """Any error in one line."""
-    try:
-        return explain(error)[0]
-    except BaseException:
-        return " ".join(str(error).split()) or type(error).__name__
+    return explain(error)[0]
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -109,44 +143,37 @@ class World:
     """The processes of a run, one or those that torchrun started, and this process's device."""
 
     def __init__(self, device: str | None = None):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size = launched()
         self.main = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
+        self.parent = os.getppid() if job else None  # torchrun
+        self.launch = f"{job} {socket.gethostname()} {self.parent}" if job else None  # the same after its restarts
         self.device = self._device(device)
-        self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False)
+        self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False, markup=False, emoji=False)
         if self.size > 1:
-            self._find_torchrun()
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # without torchrun's store one would wait long
+                socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
             store = dist.PrefixStore(new_prefix(store, self.rank, self.size), store)
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
-
-    @property
-    def launch(self) -> str | None:
-        """What torchrun's restarts have in common, on one machine; None without torchrun."""
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
-        return f"{job} {socket.gethostname()} {self.parent}" if job else None
-
-    def _find_torchrun(self) -> None:
-        """Raise Failure where torchrun, which serves the store, died while this process started: it would wait long."""
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            try:
-                socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
-            except OSError:
-                raise Failure("torchrun is gone; start the same command again", 1) from None
+        elif "RANK" not in os.environ and (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
+            self.console.print(f"warning: SLURM_NTASKS is {tasks} and this is no torchrun: each task works alone")
 
     def _device(self, name: str | None) -> torch.device:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise Failure(f"--device {name}: no such device; use cpu, cuda or cuda:N", 2) from None
-        if device.type == "cuda":
-            if self.size > 1:
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            if (device.index or 0) >= torch.cuda.device_count():
-                raise Failure(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here", 2)
-            torch.cuda.set_device(device)
+            device = torch.device(name)
+            if str(device) != name:
+                raise RuntimeError  # torch takes cuda:1000 for cuda:-24
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank))) if self.size > 1 else device
+                torch.cuda.set_device(device)
+            torch.zeros(1, dtype=torch.float64, device=device).item()
+        except (RuntimeError, AssertionError, ImportError, TypeError):  # torch has many ways to say so
+            count = torch.cuda.device_count()
+            raise Unusable(f"--device {name}: no such device; use cpu or cuda:N, torch sees {count} of these") from None
         return device
 
     def sum(self, values: Tensor) -> list[float]:
@@ -165,10 +192,7 @@ class World:
 
     def same(self, value: Any) -> Any:
         """The main process's value, in every process."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, 0)
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in every process."""
@@ -178,13 +202,8 @@ class World:
         return box
 
     def join(self, part: Tensor) -> Tensor:
-        """The parts of all processes, which have one shape, one after the other, on the CPU."""
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        if self.size > 1 and part.numel():
-            dist.all_gather(parts, part.contiguous())
-        else:
-            parts = [part] * self.size
-        return torch.cat(parts).cpu()
+        """The parts of all processes, one after the other, on the CPU."""
+        return torch.cat(self.gather(part.cpu()))
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every process the main one's running statistics: between two of them they differ."""
@@ -195,6 +214,20 @@ class World:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def launched() -> tuple[int, int]:
+    """This process's rank, and the number of processes, from the variables that torchrun sets.
+
+    Raises Unusable where only some are set: what they describe would wait for ever, or train without a word.
+    """
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    sound = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    if not sound or (int(size) > 1 and missing):
+        what = f"{', '.join(missing)} not set" if missing else f"RANK is {rank}"
+        raise Unusable(f"WORLD_SIZE is {size}, and {what}: start the job with torchrun, which sets them, or unset all")
+    return int(rank), int(size)
 
 
 def new_prefix(store: dist.Store, rank: int, size: int) -> str:
@@ -221,11 +254,12 @@ def new_prefix(store: dist.Store, rank: int, size: int) -> str:
 
 
 class Run:
-    """The files of one run.  Only the main process writes them; in the others every method does nothing."""
+    """The log and the status of one run; only the main process writes, in the others every method does nothing."""
 
     def __init__(self, path: Path, world: World):
-        self.path, self.writes = path, world.main
-        self.step, self.epoch, self.beat = 0, 0.0, 0.0
+        self.path, self.world = path, world
+        self.step, self.epoch = 0, 0.0
+        self.beat, self.time = -math.inf, time.time()  # of the last heartbeat (no clock's), of the last record
         self.state, self.phase, self.error = "running", "train", None
         self.torn = False
         with contextlib.suppress(OSError), open(path / "metrics.jsonl", "rb") as file:
@@ -233,20 +267,31 @@ class Run:
             self.torn = file.read() != b"\n"  # a killed process left half a line
 
     def make_latest(self) -> None:
-        """Let the link `latest`, beside the run, point to it."""
-        if self.writes:
-            link = self.path.parent / f".latest.{os.getpid()}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.path.name)
-            os.replace(link, self.path.parent / "latest")
+        """Let `latest`, beside the run, be a link to it; where no link can be made, a file with its name in it."""
+        if not self.world.main:
+            return
+        latest, new, problem = self.path.with_name("latest"), self.path / f".latest.{os.getpid()}.tmp", None
+        try:
+            try:
+                new.symlink_to(self.path.name)
+            except OSError as error:
+                problem = f"no link, {error.strerror}: a file with the name of the run in it stands in"
+                new.write_text(self.path.name)
+            os.replace(new, latest)
+        except OSError as error:  # a folder, say, that a copy has made of it
+            problem = f"left as it is, {error.strerror}; this run is {self.path}"
+            new.unlink(missing_ok=True)
+        if problem:
+            self.warn(f"{latest}: {problem}")
 
     def record(self, kind: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl, in one write."""
-        if not self.writes:
+        if not self.world.main:
             return
         nonfinite = [name for name, value in fields.items() if not finite(value)]
         fields |= dict.fromkeys(nonfinite) | ({"nonfinite": nonfinite} if nonfinite else {})
-        head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(time.time(), 3)}
+        self.time = max(self.time, time.time())  # a clock may be set back
+        head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(self.time, 3)}
         line = json.dumps(head | fields, allow_nan=False)
         content = self.torn * b"\n" + line.encode() + b"\n"
         with naming(self.path / "metrics.jsonl") as path, open(path, "ab", buffering=0) as file:
@@ -258,13 +303,19 @@ class Run:
     def event(self, event: str, message: str) -> None:
         self.record("event", event=event, message=message)
 
+    def warn(self, message: str) -> None:
+        """On the screen and in the log."""
+        self.world.console.print(f"warning: {message}")
+        self.event("warning", message)
+
     def heartbeat(self, *, force: bool = False) -> None:
         """Replace status.json, at most once in HEARTBEAT seconds unless forced."""
-        if not self.writes or (time.time() - self.beat < HEARTBEAT and not force):
+        now = time.monotonic()
+        if not self.world.main or (now - self.beat < HEARTBEAT and not force):
             return
-        self.beat = time.time()
+        self.beat = now
         status = {"state": self.state, "phase": self.phase, "pid": os.getpid(), "host": socket.gethostname()}
-        status |= {"time": round(self.beat, 3), "step": self.step, "error": self.error}
+        status |= {"time": round(time.time(), 3), "step": self.step, "error": self.error}
         replace(self.path / "status.json", json.dumps(status).encode(), sync=False)
 
     def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
@@ -281,24 +332,36 @@ def new_directory(root: Path, name: str | None, default: str, config: dict[str, 
 
     It appears with its config.json in it, in one step: a process that dies meanwhile leaves nothing in the way.
     """
+    check_name(name or default)
     made = root / f".new.{os.getpid()}"
     made.mkdir(parents=True, exist_ok=True)
     try:
-        for i in range(1, 10_000):
+        for i in itertools.count(1):
             path = root / (name or (default if i == 1 else f"{default}-{i}"))
-            if not path.exists():
+            if not os.path.lexists(path):
                 replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
                 try:
                     return made.rename(path)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # somebody else was faster
+                except OSError:
+                    if not path.exists():  # nobody was faster
                         raise
             if name:
                 message = f"--name {name}: {path} exists; choose another name, or go on with --resume {path}"
                 raise Failure(message, 2)
-        raise Failure(f"{root}: no free name for {default}", 2)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def check_name(name: str) -> None:
+    """Raise Unusable for a run's name that would lie elsewhere, be hidden, break lines, or be taken for the newest."""
+    if (
+        not re.fullmatch(r"(?!(?i:latest)$)[^./\\\s]([^/\\]*[^/\\\s])?", name)
+        or not name.isprintable()
+        or len(os.fsencode(name)) > 200
+    ):
+        rule = "a run's name begins with no dot, has no slash, no control character, no blank around it, is not latest"
+        rule += ", and has 200 bytes at most"
+        raise Unusable(f"--name {name!r}: {rule}")
 
 
 def finite(value: Any) -> bool:
@@ -306,15 +369,20 @@ def finite(value: Any) -> bool:
     return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
 
 
-def replace(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | None = None) -> None:
+    """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one.
+
+    With `previous` the old content is kept there.  Where there is no room, all is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
             file.write(content)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -329,15 +397,61 @@ def naming(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextlib.contextmanager
+def owned(path: Path, world: World) -> Iterator[None]:
+    """Context: this job, and no other, works on the run at `path`.  To be entered before the data is read.
+
+    The main process holds a lock (flock) on path/lock, which ends with that process, however it ends.  Waits a
+    moment for a process that may be dying.  Raises Failure, in every process of this job, where another one stays.
+    Over NFS, Linux asks the server, which every machine then obeys, and which frees the lock of a machine that
+    fell silent after a minute or two.  A file system without locks is named in a warning, and nothing is refused.
+    """
+    with open(path / "lock", "a+b", buffering=0) if world.main else contextlib.nullcontext() as file:
+        owner = owner_of(file, RESTARTED if world.restarts else DYING) if file else None
+        if owner := world.same(owner):
+            raise Failure(f"{path}: {owner} is working on it; let it end, or stop it", 2)
+        if file:
+            if fcntl:
+                os.register_at_fork(after_in_child=file.close)  # a child that outlives this process has no lock
+            file.truncate(0)
+            with naming(path / "lock"):
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            for left in path.glob(".*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+        yield
+
+
+def owner_of(file: IO[bytes], patience: float = 0.0, *, shared: bool = False) -> str | None:
+    """Who else has the lock of an open file, for so many seconds; None: now this process has it."""
+    deadline = time.monotonic() + patience
+    while fcntl:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                return file.read().decode() or "another process"
+            time.sleep(0.05)
+        except OSError as error:
+            problem = f"no lock can be had here ({error.strerror}): start no second process on this run"
+            print(f"warning: {file.name}: {problem}", file=sys.stderr)
+            break
+    return None
+
+
 def refuse_if_running(path: Path) -> None:
-    """Raise Failure while a living process of this machine trains the run."""
-    try:
-        status = json.loads((path / "status.json").read_text())
-        here = status["host"] == socket.gethostname() and status["pid"] != os.getpid()
-        if status["state"] == "running" and here and lives(status["pid"], status.get("time", math.inf)):
-            raise Failure(f"{path}: process {status['pid']} is still working on it", 2)
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    """Raise Failure while a process works on the run."""
+    with contextlib.suppress(OSError), open(path / "lock", "rb") as file:
+        if owner := owner_of(file, shared=True):
+            raise Failure(f"{path}: {owner} is still working on it", 2)
+
+
+def resolve(path: Path) -> Path:
+    """The run that `path` means, without links; a file called `latest` stands for the run whose name is in it."""
+    if path.name == "latest" and path.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            path = path.with_name(path.read_text().strip())
+    return path.resolve()
 
 
 def state_of(path: Path) -> str | None:
@@ -347,45 +461,46 @@ def state_of(path: Path) -> str | None:
     return None
 
 
-def lives(pid: int, since: float) -> bool:
-    """Whether the process that had this number at the time `since` lives: no zombie, and no later one of that number.
-
-    In a container that starts again the numbers are the same, and often nobody buries the dead.
-    Raises ProcessLookupError, or another OSError, where there is none, or another user's.
-    """
-    os.kill(pid, 0)  # asks whether there is one
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
-        started = int(booted[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, TypeError, IndexError):  # no Linux
-        return True
-    return fields[0] != "Z" and started < since + HEARTBEAT
-
-
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write path/checkpoint.pt in one step, and keep the one before as checkpoint.previous.pt.
+class Checkpoints:
+    """The newest checkpoint of a run, and the one before it.  Only the main process writes them."""
 
-    Raises Failure, with both as they were, where it cannot be written: a full disk, say.
-    """
-    current, temporary = path / "checkpoint.pt", path / ".checkpoint.pt"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if current.exists():
-            os.replace(current, path / "checkpoint.previous.pt")
-        os.replace(temporary, current)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of some
-        temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else reason_of(error)
-        message = f"{current}: cannot be written ({reason}); the checkpoint before it is whole: make room, then resume"
-        raise Failure(message, 1) from None
+    def __init__(self, path: Path, world: World):
+        self.world, self.saved = world, time.monotonic()
+        self.newest, self.previous = path / "checkpoint.pt", path / "checkpoint.previous.pt"
+
+    def due(self, minutes: float) -> bool:
+        """Whether the main process saved its last one, or began, longer ago than that; False in the others."""
+        return self.world.main and time.monotonic() - self.saved > 60 * minutes
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the newest in one step, and keep it as the previous one.
+
+        Raises Failure, with both as they were, where it cannot be written: a full disk, say.
+        """
+        if not self.world.main:
+            return
+        content = io.BytesIO()
+        torch.save(state, content)
+        try:
+            replace(self.newest, content.getbuffer(), previous=self.previous)
+        except OSError as error:
+            advice = "the checkpoint before it is whole: make room, then resume"
+            raise Failure(f"{self.newest}: cannot be written ({error.strerror}); {advice}", 1) from None
+        self.saved = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], str | None]:
+        """The newest whole one, and a warning where an unusable one is passed over.  Raises Failure: there is none."""
+        try:
+            return read_checkpoint(self.newest), None
+        except Unusable as damaged:
+            try:
+                state = read_checkpoint(self.previous)
+            except Unusable:
+                raise Failure(f"{damaged}, and there is no earlier one", 2) from None
+            return state, f"{damaged}; going on from the one before it, of step {state['step']}"
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -403,25 +518,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def last_checkpoint(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The newest whole checkpoint of a run, and a warning where an unusable one is passed over."""
-    try:
-        return read_checkpoint(path / "checkpoint.pt"), None
-    except Unusable as damaged:
-        try:
-            state = read_checkpoint(path / "checkpoint.previous.pt")
-        except Unusable:
-            raise Failure(f"{damaged}, and there is no earlier one", 2) from None
-        return state, f"{damaged}; going on from the one before it, of step {state['step']}"
-
-
 # --- people -----------------------------------------------------------------------------------------------
 
 
 class Stop:
-    """Context: the first SIGINT or SIGTERM is noted in `signal`, so that work can end cleanly; a second one kills.
+    """Context: the first SIGINT, SIGTERM or SIGHUP is noted in `signal`, so that work can end cleanly.
 
-    The death of torchrun counts as SIGTERM: nobody is left who could stop these processes.
+    A later SIGINT or SIGTERM kills.  A signal that was ignored, as by nohup, stays ignored.  The death of torchrun
+    counts as SIGTERM: nobody is left who could stop these processes.
     """
 
     def __init__(self, world: World):
@@ -433,7 +537,8 @@ class Stop:
         return self.noted or (signal.SIGTERM if orphaned else 0)
 
     def __enter__(self) -> "Stop":
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has none
+        self.before = {s: signal.signal(s, self._note) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -441,21 +546,24 @@ class Stop:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _: Any) -> None:
-        if self.noted and time.monotonic() - self.when > SAME_SIGNAL:
+        again = self.noted and time.monotonic() - self.when > SAME_SIGNAL
+        if again and signum in (signal.SIGINT, signal.SIGTERM):  # a dying terminal may hang up several times
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         if not self.noted:
             self.noted, self.when = signum, time.monotonic()
-            self.world.console.print("stopping cleanly; once more stops at once")
+            if self.world.main and sys.__stderr__:  # else 2 is another file
+                with contextlib.suppress(OSError):  # past the buffers, which the signal may have found half changed
+                    os.write(2, b"stopping cleanly; once more stops at once\n")
 
 
 @contextlib.contextmanager
 def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Context: a function that moves a bar on a terminal and does nothing elsewhere."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(name, total=total)
-        yield lambda completed: bar.update(task, completed=completed)
+        yield lambda completed, **fields: bar.update(task, completed=completed, **fields)
 
 
 def duration(seconds: float) -> str:
@@ -482,12 +590,8 @@ def provenance(world: World) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """The commit of this code, with a + where files have changed since; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    return None

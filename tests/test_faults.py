@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,16 +23,17 @@ import data
 import models
 import runs
 import train
+from benchmarks import faults
+from benchmarks.faults import JOB, STEPS, Pair, assert_ended_as, free_port, last_step, lost, records, state, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["digits", "--subset", "400", "--batch-size", "10", "--epochs", "2"]  # 80 steps, 40 an epoch
-LITTLE = ["digits", "--subset", "200", "--batch-size", "5", "--epochs", "2"]  # as many, of half the images
-STEPS = 80
+LITTLE = ["digits", "--subset", "80", "--batch-size", "2", "--epochs", "2"]  # 80 steps, 40 an epoch
 OFTEN = ["--checkpoint-minutes", "1e-9"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 PATIENCE = 120  # seconds, for anything: machines differ
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of a job in /proc")
+slow = pytest.mark.slow
 
 
 # --- runs -------------------------------------------------------------------------------------------------
@@ -42,65 +42,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 def command(monkeypatch, *arguments):
     """Run train.py's command line in this process, with a shorter look at each epoch; its exit code."""
     monkeypatch.setattr(train, "PROBE_IMAGES", 20)
+    monkeypatch.setattr(runs, "DYING", 0.0)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     return runs.run_command(train.main)
-
-
-def records(run, kind=None):
-    """The records of a run, without a line that a killed process left half written."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return [record for record in found if kind in (None, record["kind"])]
-
-
-def last_step(run):
-    return max((record["step"] for record in records(run, "step")), default=-1)
-
-
-def state(run):
-    return json.loads((run / "status.json").read_text())["state"]
-
-
-def weights(run):
-    return models.read_checkpoint(run / "checkpoint.pt")["model"]
-
-
-def same(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def lost(run):
-    """For each time the run was resumed: how many of the recorded steps before it had to be done again."""
-    found, reached = [], 0
-    for record in records(run):
-        if record["kind"] == "step":
-            reached = max(reached, record["step"])
-        elif record.get("event") == "resume":
-            found.append(reached - record["step"])
-            reached = record["step"]
-    return found
-
-
-def assert_ended_as(run, whole):
-    """The run is finished, its weights and (without the work that was lost) its records are those of `whole`."""
-    assert state(run) == "finished"
-    assert same(run, whole)
-    assert all(0 <= steps <= train.LOG_EVERY for steps in lost(run)), lost(run)
-    epochs = [{r["step"]: r["test_loss"] for r in records(path, "epoch")} for path in (run, whole)]
-    assert epochs[0] == epochs[1]
-    ours, theirs = ({r["step"]: r["loss"] for r in records(path, "step")} for path in (run, whole))
-    between = {step for step in ours if step % train.LOG_EVERY}  # stopped there: the next record is of fewer images
-    assert ours.keys() - between == theirs.keys()
-    assert {step for step in theirs if ours[step] != theirs[step]} <= {
-        step - step % -train.LOG_EVERY for step in between
-    }
-    assert len(records(run, "epoch")) <= 2 + len(lost(run))
-    hidden = [path.name for path in run.iterdir() if path.name.startswith(".")]
-    assert all(name.startswith((".status", ".checkpoint", ".config")) for name in hidden), hidden
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +54,14 @@ def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert command(monkeypatch, *LITTLE, "--runs", root, "--name", "run") == 0
     return root / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of two processes; beside it, the seconds that it took."""
+    run, seconds = faults.undisturbed(tmp_path_factory.mktemp("two"))
+    (run.parent / "seconds").write_text(str(seconds))
+    return run
 
 
 # --- jobs of torchrun -------------------------------------------------------------------------------------
@@ -147,13 +99,6 @@ def kill(root, *roles):
     return len(victims)
 
 
-def wait_until(condition, *, seconds=PATIENCE, what=""):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s {what}"
-        time.sleep(0.005)
-
-
 STANDALONE = ["--standalone", "--nproc_per_node", "2"]
 
 
@@ -184,14 +129,14 @@ class Job:
 
     def reach(self, step):
         """Wait for the record of a step, not of the last one."""
-        wait_until(lambda: last_step(self.run) >= step or self.process.poll() is not None, what=self.output)
+        faults.wait_until(lambda: last_step(self.run) >= step or self.process.poll() is not None, what=self.output)
         assert self.process.poll() is None, self.output
         assert last_step(self.run) < STEPS, "the run ended before the fault could hit"
 
     def end(self):
         """The exit code, after which nothing of the job is left; no line of a traceback of ours in what it printed."""
         code = self.process.wait(timeout=PATIENCE)
-        wait_until(lambda: not processes_but_torchrun(self.root), seconds=30, what=str(processes(self.root)))
+        faults.wait_until(lambda: not processes_but_torchrun(self.root), seconds=30, what=str(processes(self.root)))
         assert f'File "{ROOT}' not in self.output, self.output
         return code
 
@@ -206,40 +151,59 @@ def processes_but_torchrun(root):
 
 def named(root, *more, **how):
     """A job that trains root/run."""
-    return Job(root / "run", *SMALL, *OFTEN, "--runs", root, "--name", "run", *more, **how)
+    return Job(root / "run", *JOB, "--runs", root, "--name", "run", *more, **how)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run of two processes; beside it, the seconds that it took."""
-    root = tmp_path_factory.mktemp("whole") / "runs"
-    begun = time.monotonic()
-    with named(root) as job:
-        assert job.end() == 0, job.output
-    (root / "seconds").write_text(str(time.monotonic() - begun))
-    return root / "run"
-
-
-# --- processes are killed ---------------------------------------------------------------------------------
-
-slow = pytest.mark.slow
+# --- a job of torchrun, and what may befall it ------------------------------------------------------------
 
 
 @linux
+def test_a_job_through_many_faults(monkeypatch, tmp_path, whole, capsys):
+    """A rank is killed and comes back; torchrun is told to stop; the newest checkpoint is cut short; the same command
+    goes on; nobody else may; torchrun is killed; and the run ends as one that was left alone.
+    """
+    root = tmp_path / "runs"
+    run = root / "run"
+    with named(root, restarts=1) as job:
+        job.reach(20)
+        assert kill(root, "0") == 1
+        faults.wait_until(lambda: lost(run) or job.process.poll() is not None, what=job.output)
+        job.reach(40)
+        job.process.terminate()
+        assert job.end() not in (0, None)
+        assert "going on with it" in job.output
+        assert state(run) == "interrupted"
+        assert job.lines()[-1].startswith("train.py: stopped by SIGTERM at step")
+    assert last_step(run) == runs.read_checkpoint(run / "checkpoint.pt")["step"] < STEPS
+    content = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with named(root) as again:
+        faults.wait_until(lambda: len(lost(run)) == 2 or again.process.poll() is not None, what=again.output)
+        assert command(monkeypatch, "--resume", run) == 2  # and nothing that the others do changes by it
+        assert "is working on it" in capsys.readouterr().err
+        again.process.kill()
+        faults.wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
+        assert again.end() == -signal.SIGKILL
+        assert "going on from the one before it" in again.output
+        assert state(run) == "interrupted"
+        (line,) = again.lines()
+        assert line.startswith("train.py: stopped by SIGTERM at step")
+    with Pair(tmp_path / "log", "--resume", run) as last:
+        assert last.end() == [0, 0], last.output
+    assert len(lost(run)) == 3
+    assert lost(run)[2] == 0
+    assert_ended_as(run, whole)
+
+
+@linux
+@slow
 @pytest.mark.parametrize(
     ("victims", "name"),
-    [
-        ("0", "run"),
-        pytest.param("1", "run", marks=slow),
-        pytest.param("0", None, marks=slow),
-        pytest.param("1", None, marks=slow),
-        pytest.param("01", "run", marks=slow),
-        pytest.param("01", None, marks=slow),
-    ],
+    [("0", "run"), ("1", "run"), ("0", None), ("1", None), ("01", "run"), ("01", None)],
 )
 def test_killed_ranks_are_started_again_and_go_on(tmp_path, whole, victims, name):
     root = tmp_path / "runs"
-    job = Job(root / "latest", *SMALL, *OFTEN, "--runs", root, restarts=2)
+    job = Job(root / "latest", *JOB, "--runs", root, restarts=2)
     with named(root, restarts=2) if name else job as job:
         job.reach(20)
         assert kill(root, *victims) == len(victims)
@@ -251,17 +215,18 @@ def test_killed_ranks_are_started_again_and_go_on(tmp_path, whole, victims, name
 
 
 @linux
+@slow
 def test_without_torchrun_its_processes_stop_and_the_same_command_goes_on(tmp_path, whole):
     root = tmp_path / "runs"
     with named(root) as job:
         job.reach(20)
         job.process.kill()
-        wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
+        faults.wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
         assert job.end() == -signal.SIGKILL
         assert state(job.run) == "interrupted"
         (line,) = job.lines()
         assert line.startswith("train.py: stopped by SIGTERM at step")
-    assert models.read_checkpoint(job.run / "checkpoint.pt")["step"] < STEPS
+    assert runs.read_checkpoint(job.run / "checkpoint.pt")["step"] < STEPS
     with named(root) as again:
         assert again.end() == 0, again.output
     assert lost(job.run) == [0]
@@ -274,9 +239,9 @@ def test_a_torchrun_that_dies_while_its_processes_start_leaves_none(tmp_path):
     """They would wait for its store, for half an hour."""
     root = tmp_path / "runs"
     with named(root) as job:
-        wait_until(lambda: len(processes_but_torchrun(root)) == 2)
+        faults.wait_until(lambda: len(processes_but_torchrun(root)) == 2)
         job.process.kill()
-        wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
+        faults.wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
         assert not (root / "run").exists()
         assert job.end() == -signal.SIGKILL
 
@@ -285,17 +250,20 @@ def test_a_torchrun_that_dies_while_its_processes_start_leaves_none(tmp_path):
 
 
 @linux
+@slow
 @pytest.mark.parametrize(
     ("signum", "to_group", "truncate"),
     [
         (signal.SIGTERM, False, True),
-        pytest.param(signal.SIGTERM, False, False, marks=slow),
-        pytest.param(signal.SIGINT, False, False, marks=slow),
-        pytest.param(signal.SIGINT, True, False, marks=slow),
+        (signal.SIGTERM, False, False),
+        (signal.SIGINT, False, False),
+        (signal.SIGINT, True, False),
+        (signal.SIGHUP, False, False),
+        (signal.SIGHUP, True, False),
     ],
 )
 def test_a_signal_to_torchrun_ends_with_a_checkpoint(tmp_path, whole, signum, to_group, truncate):
-    """A terminal's Ctrl-C goes to the whole group.  A checkpoint that is then cut short gives way to the one before."""
+    """A terminal's Ctrl-C, or its end, goes to the whole group.  A checkpoint cut short gives way to the one before."""
     root = tmp_path / "runs"
     with named(root) as job:
         job.reach(20)
@@ -304,7 +272,7 @@ def test_a_signal_to_torchrun_ends_with_a_checkpoint(tmp_path, whole, signum, to
         assert state(job.run) == "interrupted"
         (line,) = job.lines()
         assert line.startswith(f"train.py: stopped by {signum.name} at step")
-    stopped = models.read_checkpoint(job.run / "checkpoint.pt")["step"]
+    stopped = runs.read_checkpoint(job.run / "checkpoint.pt")["step"]
     assert last_step(job.run) == stopped < STEPS
     if truncate:
         content = (job.run / "checkpoint.pt").read_bytes()
@@ -332,7 +300,7 @@ def test_a_signal_during_an_evaluation_puts_it_off(monkeypatch, tmp_path, alone,
         assert command(monkeypatch, *LITTLE, "--runs", tmp_path, "--name", "run") == 143
     run = tmp_path / "run"
     assert state(run) == "interrupted"
-    assert models.read_checkpoint(run / "checkpoint.pt")["step"] == 40 * epoch
+    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == 40 * epoch
     assert [r["step"] for r in records(run, "epoch")] == [40, 80][: epoch - 1]
     assert command(monkeypatch, "--resume", run) == 0
     assert [r["step"] for r in records(run, "epoch")] == [40, 80]
@@ -355,12 +323,12 @@ def at_step(monkeypatch, step, do):
     monkeypatch.setattr(train.Meter, "add", add)
 
 
-def assert_one_line_and_a_whole_checkpoint(capsys, run, message, checkpoint):
+def assert_one_line_and_a_whole_checkpoint(capsys, run, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: ")
     assert message in line
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
-    assert runs.last_checkpoint(run)[0]["step"] == checkpoint
+    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == 20
 
 
 def to_nowhere(path):
@@ -372,16 +340,15 @@ def to_nowhere(path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
-    ("file", "message", "checkpoint"),
+    ("file", "message"),
     [
-        (".checkpoint.pt", "checkpoint.pt: cannot be written (No space left on device)", 20),
-        ("metrics.jsonl", "metrics.jsonl: No space left on device", 20),
-        (f".status.json.{os.getpid()}", "status.json: No space left on device", 20),
+        (f".checkpoint.pt.{os.getpid()}.tmp", "checkpoint.pt: cannot be written (No space left on device)"),
+        ("metrics.jsonl", "metrics.jsonl: No space left on device"),
+        (f".status.json.{os.getpid()}.tmp", "status.json: No space left on device"),
     ],
+    ids=["checkpoint", "log", "status"],
 )
-def test_a_full_disk_is_one_line_and_costs_one_interval(
-    monkeypatch, tmp_path, alone, capsys, file, message, checkpoint
-):
+def test_a_full_disk_is_one_line_and_costs_one_interval(monkeypatch, tmp_path, alone, capsys, file, message):
     run, small = tmp_path / "run", [*LITTLE, *OFTEN, "--runs", tmp_path, "--name", "run"]
     with monkeypatch.context() as patched:
         patched.setattr(runs, "HEARTBEAT", 0.0)
@@ -390,7 +357,7 @@ def test_a_full_disk_is_one_line_and_costs_one_interval(
     if file == "metrics.jsonl":
         (run / file).unlink()
         (run / f"{file}.aside").rename(run / file)
-    assert_one_line_and_a_whole_checkpoint(capsys, run, message, checkpoint)
+    assert_one_line_and_a_whole_checkpoint(capsys, run, message)
     if not file.startswith(".status"):
         assert state(run) == "failed"
     assert command(monkeypatch, *small) == 0
@@ -410,7 +377,7 @@ def test_half_a_line_for_which_there_was_room_is_noticed(monkeypatch, tmp_path, 
             assert command(patched, *small) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert_one_line_and_a_whole_checkpoint(capsys, run, "metrics.jsonl: No space left on device", 20)
+    assert_one_line_and_a_whole_checkpoint(capsys, run, "metrics.jsonl: No space left on device")
     assert not (run / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert state(run) == "failed"
     assert command(monkeypatch, *small) == 0
@@ -438,7 +405,7 @@ def fill(path, left):
     os.truncate(path, path.stat().st_size - left)
 
 
-@pytest.mark.parametrize("left", [0, 8192, 2**20])
+@pytest.mark.parametrize("left", [pytest.param(0, marks=slow), 8192, pytest.param(2**20, marks=slow)])
 def test_a_disk_that_is_really_full(monkeypatch, small_disk, alone, capsys, left):
     """With no room, with room for lines only, with room for less than a checkpoint."""
     run, small = small_disk / "run", [*LITTLE, *OFTEN, "--runs", small_disk, "--name", "run"]
@@ -446,7 +413,7 @@ def test_a_disk_that_is_really_full(monkeypatch, small_disk, alone, capsys, left
         at_step(patched, 25, lambda: fill(small_disk / "filler", left))
         assert command(patched, *small) == 1
     (small_disk / "filler").unlink()
-    assert_one_line_and_a_whole_checkpoint(capsys, run, "No space left on device", 20)
+    assert_one_line_and_a_whole_checkpoint(capsys, run, "No space left on device")
     assert command(monkeypatch, *small) == 0
     assert_ended_as(run, alone)
 
@@ -460,15 +427,15 @@ def test_a_full_disk_under_torchrun(tmp_path, whole):
         job.reach(20)
         nowhere = root / "nowhere"
         nowhere.symlink_to("/dev/full")
-        with contextlib.suppress(FileNotFoundError):  # the next checkpoint clears it away
-            while job.process.poll() is None and not job.lines():
-                with contextlib.suppress(FileExistsError):
-                    os.link(nowhere, root / "run/.checkpoint.pt", follow_symlinks=False)
+        while job.process.poll() is None:
+            pid = json.loads((job.run / "status.json").read_text())["pid"]  # a restart's is another
+            with contextlib.suppress(FileExistsError):  # it is just being written
+                os.link(nowhere, job.run / f".checkpoint.pt.{pid}.tmp", follow_symlinks=False)
+            time.sleep(0.001)
         assert job.end() not in (0, None)
         assert all("checkpoint.pt: cannot be written (No space left on device)" in line for line in job.lines())
         assert 1 <= len(job.lines()) <= 2
-    (root / "run/.checkpoint.pt").unlink(missing_ok=True)
-    assert models.read_checkpoint(root / "run/checkpoint.pt")["step"] < STEPS
+    assert runs.read_checkpoint(root / "run/checkpoint.pt")["step"] < STEPS
     with named(root) as again:
         assert again.end() == 0, again.output
     assert_ended_as(job.run, whole)
@@ -483,7 +450,7 @@ def test_killed_between_the_two_renames_of_a_checkpoint(monkeypatch, tmp_path, a
     real = os.replace
 
     def dies(source, target):
-        if Path(source).name == ".checkpoint.pt" and models.read_checkpoint(source)["step"] == 30:
+        if Path(source).name.startswith(".checkpoint.pt") and runs.read_checkpoint(source)["step"] == 30:
             raise Killed
         real(source, target)
 
@@ -494,7 +461,7 @@ def test_killed_between_the_two_renames_of_a_checkpoint(monkeypatch, tmp_path, a
             command(patched, *small)
     run = tmp_path / "run"
     assert not (run / "checkpoint.pt").exists()
-    assert models.read_checkpoint(run / "checkpoint.previous.pt")["step"] == 20
+    assert runs.read_checkpoint(run / "checkpoint.previous.pt")["step"] == 20
     assert command(monkeypatch, *small) == 0
     assert lost(run) == [10]
     assert_ended_as(run, alone)
@@ -530,65 +497,29 @@ def test_killed_after_the_last_checkpoint(monkeypatch, tmp_path, alone):
     assert_ended_as(run, alone)
 
 
-# --- a process that is gone -------------------------------------------------------------------------------
+# --- what else two processes may do -----------------------------------------------------------------------
 
 
-def test_only_the_living_hold_a_run(tmp_path):
-    """A zombie does not, nor a process that has the number of one that ended before."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    status = {"state": "running", "host": socket.gethostname(), "pid": child.pid, "time": time.time()}
-
-    def refused(**changed):
-        (tmp_path / "status.json").write_text(json.dumps(status | changed))
-        try:
-            runs.refuse_if_running(tmp_path)
-        except runs.Failure as error:
-            return "still working on it" in str(error)
-        return False
-
-    try:
-        assert refused()
-        assert refused(time=time.time() + 1000)
-        assert not refused(host="elsewhere")
-        assert not refused(state="finished")
-        if Path("/proc/stat").exists():
-            assert not refused(time=time.time() - 1000)  # it was not yet there
-            child.kill()
-            wait_until(lambda: role(child.pid) is None)
-            assert not refused()  # a zombie
-        child.kill()
-    finally:
-        child.communicate()
-    assert not refused()
-
-
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_processes_agree_on_a_prefix_whatever_dead_ones_left(first):
-    """Whoever comes first, and whatever an earlier attempt (that may have had another size) wrote."""
-    import threading
-
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    seen = []
-    for attempt, size in enumerate((3, 2, 3)):
-        found = {}
-
-        def take_part(rank, size=size, found=found):
-            store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
-            found[rank] = runs.new_prefix(store, rank, size)
-
-        if attempt:
-            server.set("dead 1", "somebody")
-        order = sorted(range(size), key=lambda rank: rank != first)
-        threads = [threading.Thread(target=take_part, args=(rank,), daemon=True) for rank in order]
-        for thread in threads:
-            thread.start()
-            time.sleep(0.1)
-        for thread in threads:
-            thread.join(PATIENCE)
-        assert sorted(found) == list(range(size))
-        assert len(set(found.values())) == 1
-        seen += set(found.values())
-    assert len(set(seen)) == 3
+@linux
+@slow
+def test_a_second_job_is_refused_and_the_first_goes_on(tmp_path):
+    """The same command, and a resume: one line each, and nothing of the run changes."""
+    root, long = tmp_path / "runs", ["--epochs", "200"]
+    with named(root, *long) as job:
+        job.reach(0)
+        for other in (named(root, *long), Job(job.run, "--resume", job.run)):
+            other.__enter__()  # whose exit would end the first job's processes too
+            assert other.process.wait(timeout=PATIENCE) not in (0, None)
+            (line,) = other.lines()
+            assert "is working on it" in line
+        reached = last_step(job.run)
+        faults.wait_until(lambda: last_step(job.run) > reached, what=job.output)
+        job.process.terminate()
+        job.end()
+    steps = [record["step"] for record in records(job.run, "step")]
+    assert steps == sorted(set(steps))
+    assert [r["event"] for r in records(job.run, "event") if r["event"] in ("start", "resume")] == ["start"]
+    assert state(job.run) == "interrupted"
 
 
 @linux
@@ -611,16 +542,16 @@ def strike(job, chance, seconds):
     victims = chance.choice(["0", "1", "01", "torchrun"])
     if chance.random() < 0.5:
         step, delay = chance.choice(range(0, STEPS, 10)), chance.uniform(0, 0.3)
-        wait_until(lambda: last_step(job.run) >= step or job.process.poll() is not None, what=job.output)
+        faults.wait_until(lambda: last_step(job.run) >= step or job.process.poll() is not None, what=job.output)
         time.sleep(delay)
     else:
         moment = time.monotonic() + chance.uniform(0, seconds)
-        wait_until(lambda: time.monotonic() > moment or job.process.poll() is not None)
+        faults.wait_until(lambda: time.monotonic() > moment or job.process.poll() is not None)
     if victims == "torchrun":
         hit = job.process.poll() is None
         job.process.kill()
     else:
-        wait_until(lambda: kill(job.root, *victims) or job.process.poll() is not None)
+        faults.wait_until(lambda: kill(job.root, *victims) or job.process.poll() is not None)
         hit = job.process.poll() is None
     return victims, hit
 
@@ -636,7 +567,7 @@ def test_twenty_random_kills(tmp_path, whole):
         with named(root, restarts=3) as job:
             victims, hit = strike(job, chance, seconds)
             if victims == "torchrun":
-                wait_until(lambda root=root: not processes(root), seconds=60, what=str(processes(root)))
+                faults.wait_until(lambda root=root: not processes(root), seconds=60, what=str(processes(root)))
             code = job.end()
         assert victims == "torchrun" or code == 0, job.output
         if code:
@@ -667,47 +598,34 @@ def with_batch_normalization(classes, channels=1):
     return nn.Sequential(nn.Conv2d(channels, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
 
 
-def interrupted_and_whole(rank, root, ports):
-    """One of two processes: a run, the same one that dies, and its resume."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    models.cnn = with_batch_normalization
-    real, small = train.Meter.add, ["digits", "--method", "at", *SMALL[1:], *OFTEN, "--runs", root]
-    for port, last, arguments in zip(
-        ports,
-        (None, 25, None),
-        ([*small, "--name", "whole"], [*small, "--name", "run"], ["--resume", root / "run"]),
-        strict=True,
-    ):
-        os.environ["MASTER_PORT"] = str(port)
-        steps = iter(range(1, STEPS + 1))
+@slow
+def test_an_attack_in_training_sees_the_same_statistics_after_a_resume(tmp_path):
+    """Between two forward passes of DistributedDataParallel the running statistics of its processes differ."""
+    small = [JOB[0], "--method", "at", *JOB[1:], "--runs", tmp_path]
 
-        def add(self, out, steps=steps, last=last):
+    def prepare(last=None):
+        models.cnn = with_batch_normalization
+        real, steps = train.Meter.add, iter(range(1, STEPS + 1))
+
+        def add(self, out):
             real(self, out)
             if next(steps) == last:
                 raise Crash
 
         train.Meter.add = add
-        with pytest.MonkeyPatch.context() as monkeypatch, contextlib.suppress(Crash):
-            assert command(monkeypatch, *arguments) == 0
 
-
-@slow
-def test_an_attack_in_training_sees_the_same_statistics_after_a_resume(tmp_path):
-    """Between two forward passes of DistributedDataParallel the running statistics of its processes differ."""
-    ports = [free_port() for _ in range(3)]
-    torch.multiprocessing.spawn(interrupted_and_whole, (tmp_path, ports), nprocs=2)
+    for log, arguments, last, codes in (
+        ("1", [*small, "--name", "whole"], None, [0, 0]),
+        ("2", [*small, "--name", "run"], 25, [1, 1]),
+        ("3", ["--resume", tmp_path / "run"], None, [0, 0]),
+    ):
+        with Pair(tmp_path / log, *arguments, prepare=lambda rank, last=last: prepare(last)) as job:
+            assert job.end() == codes, job.output
     assert lost(tmp_path / "run") == [0]
     assert_ended_as(tmp_path / "run", tmp_path / "whole")
 
 
 # --- two nodes --------------------------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def node(root, port, *more):
@@ -732,10 +650,10 @@ def test_a_node_that_is_lost(monkeypatch, tmp_path, whole, victim):
     grow as much as between a run of one process and a run of two.  A lost process comes back, and bits are equal.
     """
     root, alone = tmp_path / "runs", tmp_path / "alone"
-    assert command(monkeypatch, *SMALL, "--runs", tmp_path, "--name", "alone") == 0
+    assert command(monkeypatch, *JOB, "--runs", tmp_path, "--name", "alone") == 0
     port = free_port()
     with node(root, port) as host:
-        wait_until(lambda: "torchrun" in processes(root).values())
+        faults.wait_until(lambda: "torchrun" in processes(root).values())
         time.sleep(1)  # the first to come hosts the rendezvous
         with node(root, port) as guest:
             host.reach(20)
@@ -772,18 +690,18 @@ def test_a_node_that_comes_back(monkeypatch, tmp_path):
         return any(message.endswith(f"{processes} processes") for message in events)
 
     with node(root, port, "--epochs", "100") as host:
-        wait_until(lambda: "torchrun" in processes(root).values())
+        faults.wait_until(lambda: "torchrun" in processes(root).values())
         time.sleep(1)  # the first to come hosts the rendezvous
         with node(root, port, "--epochs", "100") as guest:
-            wait_until(lambda: last_step(host.run) >= 20, what=host.output)
+            faults.wait_until(lambda: last_step(host.run) >= 20, what=host.output)
             for pid in [pid for pid in processes(root) if parent(pid) == guest.process.pid]:
                 os.kill(pid, signal.SIGKILL)
             guest.process.kill()
-            wait_until(lambda: resumed(1), what=host.output)
+            faults.wait_until(lambda: resumed(1), what=host.output)
         with node(root, port, "--epochs", "100") as again:
-            wait_until(lambda: resumed(2), what=host.output)
+            faults.wait_until(lambda: resumed(2), what=host.output)
             reached = last_step(host.run)
-            wait_until(lambda: last_step(host.run) > reached, what=host.output)
+            faults.wait_until(lambda: last_step(host.run) > reached, what=host.output)
             assert host.process.poll() is None
             assert again.process.poll() is None
 
