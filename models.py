@@ -9,21 +9,50 @@ Normalization of the input, where a network wants it, is its first layer, so tha
 step size in this project is in pixels.  Any activation can take the place of every ReLU.
 """
 
-import importlib.util
+import builtins
+import contextlib
+import hashlib
+import importlib
+import inspect
+import io
+import itertools
 import os
+import pkgutil
+import re
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from runs import Failure, Unusable, read_checkpoint
+from runs import Unusable, read_checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
 NORMALIZED = {"resnet50"}  # models whose first layer is Normalize
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+RELEASED = {  # SHA-256 of the authors' CIFAR-10 checkpoints: undefended, 7-step AT, L1 and L2 with lambda 0.1 and 1
+    "38d72d9b381526cbe9eefc0959fc10dad4ff223ed3fd5e60c6ccee363d310912",
+    "9c1a529163c04b42822cc2bd4489a838c9ae91af684505b4dbd88edc90dcefae",
+    "71c74e337246dcdf6a6f415ae10cb97c86c107b0fc000f84d9a73831010dc774",
+    "7bd823def74986a91cf3a35bf80842174fa87f93844ed6036c35c9630d40e9cd",
+    "a8be9ebb2c374fda5caa464a73fb48d078d574b1c847102cb0e311adcb06bd7f",
+    "723c491e8f2e490931c239465950ea134e061fe095350d8a82e7a0c5a0473e83",
+}
+CLASSES = "classes", "num_classes", "n_classes"  # names of a factory's parameter for the number of classes
+# Files that came with Python or by pip, none of a user's own.
+INSTALLED = re.compile(rf"[\\/](site|dist)-packages[\\/]|^<|^{re.escape(os.path.dirname(os.__file__))}")
+OURS = {"gradreg", "runs", "models", "data", "attacks", "bounds", "train", "evaluate", "report", "tui"}
+HERE = Path(__file__).resolve().parent
 
 
 class Normalize(nn.Module):
@@ -84,13 +113,11 @@ def resnext34(classes: int, *, authors_head: bool = False) -> nn.Sequential:
         conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         return [conv, unscaled(nn.BatchNorm2d(outputs)), nn.ReLU()]
 
-    def stage(channels: int) -> list[nn.Module]:
-        return [BranchBlock(channels) for _ in range(5)]
-
-    def half(channels: int) -> list[nn.Module]:
-        return [*conv_block(channels, 2 * channels, 1), nn.AvgPool2d(2)]
-
-    body = [*conv_block(3, 32, 3), *stage(32), *half(32), *stage(64), *half(64), *stage(128)]
+    body = conv_block(3, 32, 3)
+    for channels in (32, 64, 128):
+        if channels > 32:
+            body += [*conv_block(channels // 2, channels, 1), nn.AvgPool2d(2)]
+        body += [BranchBlock(channels) for _ in range(5)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes, bias=not authors_head)]
     if authors_head:
         head += [unscaled(nn.BatchNorm1d(classes)), nn.ReLU()]
@@ -145,11 +172,10 @@ def build(name: str, *, classes: int, channels: int = 3, activation: str = "relu
 
 def with_activation(network: nn.Module, activation: str) -> nn.Module:
     """The same network, changed in place, with every ReLU replaced by `activation`."""
-    for name, child in network.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(network, name, ACTIVATIONS[activation]())
-        else:
-            with_activation(child, activation)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, ACTIVATIONS[activation]())
     return network
 
 
@@ -171,34 +197,248 @@ def load(path: str | os.PathLike) -> nn.Module:
 
 def from_config(config: dict[str, Any]) -> nn.Module:
     """The network that a run's config describes, with fresh weights."""
-    options = config["options"]
-    return build(
-        options["model"],
-        classes=config["classes"],
-        channels=config["channels"],
-        activation=options["activation"],
-    )
+    sizes = {key: config[key] for key in ("classes", "channels")}
+    return build(config["options"]["model"], **sizes, activation=config["options"]["activation"])
+
+
+def from_release(path: str | os.PathLike) -> nn.Module:
+    """The network in a CIFAR-10 checkpoint of the authors' release, as resnext34-authors, in evaluation mode.
+
+    github.com/cfinlay/tulip names the files, with their SHA-256 (cifar10/fetch_model.py).  Their layers come in our
+    order, and so do the kernels and linear maps (of two or more dimensions) and, apart, the vectors of biases and
+    normalizations; scales fixed at 1 are ours alone.  Nothing in the file is executed.  Raises Unusable where the
+    number or the shapes of the weights do not fit; warns of a file that is none of theirs.
+    """
+    network = build("resnext34-authors", classes=10)
+    fixed = {name for name, weight in network.named_parameters() if not weight.requires_grad}
+    ours = {name: value for name, value in network.state_dict().items() if name not in fixed}
+    scalar = np.float64(0).__reduce__()[0]  # numpy's, in which the file has its test error
+    known = [np.dtype, type(np.dtype(float)), scalar, (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        content = Path(path).read_bytes()
+        with torch.serialization.safe_globals(known):
+            theirs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]
+        orders = (sorted(state, key=lambda name, state=state: state[name].dim() < 2) for state in (ours, theirs))
+        network.load_state_dict({name: theirs[other] for name, other in zip(*orders, strict=True)}, strict=False)
+    except Exception as error:  # torch's, of any kind, and those of the two lines above
+        raise Unusable(f"{path}: not a CIFAR-10 checkpoint of the authors' release ({type(error).__name__})") from None
+    if hashlib.sha256(content).hexdigest() not in RELEASED:
+        warnings.warn(f"{path}: its SHA-256 is none of the release's: not a network of the paper", stacklevel=2)
+    return network.eval()
+
+
+# --- anybody's network: FILE.py:FACTORY --------------------------------------------------------------------
 
 
 def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
-    """The network that a stranger's FILE.py:FACTORY returns; its weights, where they are random, depend on the seed.
+    """The network of a user's FILE.py:FACTORY: what a function or a class there makes, or a network itself.
 
-    Raises Failure, in one line, for whatever goes wrong in there.
+    FACTORY is called with nothing, or with the number of classes where it has a parameter of that name (CLASSES).
+    The file imports what it would under `python FILE.py` (`Neighbours`).  Random weights depend on the seed alone;
+    the working directory, the default dtype and the gradient mode are afterwards what they were.
+    Raises Unusable, in one line with file and line, for whatever goes wrong.
     """
     file, _, factory = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise Failure(f"{spec}: no such file or run; a target is a run directory or FILE.py:FACTORY", 2)
-    module_spec = importlib.util.spec_from_file_location(f"target_{Path(file).stem}", file)
-    sys.path.insert(0, str(Path(file).resolve().parent))  # so that the file can import its neighbours
+    if spec.endswith(".py") and Path(spec).is_file():
+        raise Unusable(f"{spec}: name what makes the network, {spec}:FACTORY; {_offers(spec)}")
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise Unusable(f"{spec}: no such file (.py) or run; a target is a run directory or FILE.py:FACTORY")
+    place, dtype, argv = Neighbours(Path(file).resolve()), torch.get_default_dtype(), sys.argv
+    sys.argv = [file]  # the file may parse its command line, which is not ours
     try:
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        torch.manual_seed(seed)
-        network = getattr(module, factory)()
-    except Exception as error:  # anything can happen in somebody's file
-        raise Failure(f"{spec}: {type(error).__name__}: {error}", 2) from None
+        with contextlib.chdir("."), torch.enable_grad(), place.inside(), _one_line(spec):
+            torch.manual_seed(seed)
+            network = found = getattr(importlib.import_module(place.name), factory, None)
+            if callable(found) and not isinstance(found, nn.Module):
+                torch.manual_seed(seed)
+                wanted = inspect.signature(found).parameters
+                network = found(**{name: classes for name in CLASSES if name in wanted})
     finally:
-        sys.path.pop(0)
+        sys.argv = argv
+        torch.set_default_dtype(dtype)
+    if found is None:
+        raise Unusable(f"{spec}: no {factory!r} in it; {_offers(file)}")
     if not isinstance(network, nn.Module):
-        raise Failure(f"{spec}: returned a {type(network).__name__}, not a torch.nn.Module", 2)
-    return network
+        raise Unusable(f"{spec}: it gives a {type(network).__name__}; expected is a torch.nn.Module or what makes one")
+    tensors = *network.parameters(), *network.buffers()
+    if any(map(is_lazy, tensors)):
+        raise Unusable(f"{spec}: it has lazy layers without weights; run one image through it in {factory}")
+    if any(tensor.is_inference() for tensor in tensors):
+        raise Unusable(f"{spec}: weights made in torch.inference_mode allow no gradient; use torch.no_grad there")
+    # A module of TorchScript has no requires_grad_ of its own.
+    return nn.Sequential(network) if isinstance(network, torch.jit.ScriptModule) else network
+
+
+def _offers(file: str) -> str:
+    """What a file defines that may make a network."""
+    source = Path(file).read_text(encoding="utf-8", errors="replace")
+    names = re.findall(r"^(?:def|class) ([^\W_]\w*)", source, re.MULTILINE)
+    return f"there are {', '.join(names)}" if names else "there is no function or class in it"
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Context: what a user's code raises becomes an Unusable, with the innermost line of the user's own files.
+
+    Running out of memory and Ctrl-C are the caller's to handle, and pass through.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, Unusable):
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if not INSTALLED.search(f.filename) and f.filename != __file__]
+        said = " ".join(str(error).split())[:300]
+        line = ": ".join(filter(None, (what, type(error).__name__, said)))
+        if own:
+            line += f" ({own[-1].filename}, line {own[-1].lineno})"
+        elif "required positional argument" in line or "required keyword-only argument" in line:
+            line += "; it gets the number of classes at most: write a function around it"
+        if "no known parent package" in line:
+            line += "; for relative imports put an empty __init__.py beside it"
+        raise Unusable(line) from None
+
+
+class Neighbours:
+    """Imports as they would be under `python FILE.py`, where nobody has heard of this project.
+
+    A user's own `models`, `data` or `utils` come before ours and before those of another user's file.  Afterwards
+    ours are back, and the user's are put away for the next time.  What the file's code imports later, say in forward,
+    it finds alike.  Where the user has no module of a name of ours it is ours, so that a file may `import models`.
+    """
+
+    opened: ClassVar[dict[Path, "Neighbours"]] = {}  # by file
+    entered: ClassVar[list["Neighbours"]] = []  # the innermost last, and only that one in force
+
+    def __init__(self, file: Path):
+        folders = list(itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), file.parents))
+        package = [folder.name for folder in reversed(folders)]
+        own = [] if package and file.stem == "__init__" else [re.sub(r"\W", "_", file.stem if package else file.name)]
+        self.file, self.name = file, ".".join(package + own)  # random.py is random_py, as no other module is called
+        places = [file.parent, file.parents[len(folders)]]  # for `import layers`, and for the package's own name
+        self.path = [*map(str, places), *(entry for entry in sys.path if Path(entry).resolve() != HERE)]
+        self.modules: dict[str, ModuleType] = {}  # put away: the user's or, inside the context, ours
+        self.names = set(OURS)  # of both
+        if package and not INSTALLED.search(str(file)):  # an installed package may have the same name
+            self.names |= {name for name in sys.modules if name.partition(".")[0] == package[0]}
+        self.builtins = vars(builtins) | {"__import__": self.import_}
+        self.opened[file] = self
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Context: imports are the user's.  Within another one, that one is left for as long."""
+        outer = self.entered[-1:]
+        for place in (*outer, self):
+            place.swap()
+        self.entered.append(self)
+        sys.meta_path.insert(0, self)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(self)
+            self.entered.pop()
+            for place in (self, *outer):
+                place.swap()
+
+    def swap(self) -> None:
+        """Exchange modules and path with those put away; done twice, all is as before."""
+        away = {name: sys.modules.pop(name) for name in self.names if name in sys.modules}
+        sys.modules.update(self.modules)
+        self.modules, self.path, sys.path[:] = away, sys.path[:], self.path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Where a module of the user's is; None for one that is installed.  (Python asks what is in sys.meta_path.)"""
+        if name == self.name:
+            spec = spec_from_file_location(name, self.file)
+        else:
+            spec, parent = PathFinder.find_spec(name, path), name.rpartition(".")[0]
+            place = spec and (spec.origin or spec.submodule_search_locations[0])
+            if not place or (parent not in self.names if parent else INSTALLED.search(place)):
+                return None
+        self.names.add(name)
+        if isinstance(spec.loader, SourceFileLoader):
+            spec.loader.create_module = self.create_module
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module whose import statements are `import_`."""
+        module = ModuleType(spec.name)
+        module.__builtins__ = self.builtins
+        return module
+
+    def import_(self, name: str, *arguments: Any, **named: Any) -> ModuleType:
+        """What an import statement in the user's code does, at once or later."""
+        with self.inside():
+            if name in OURS and name in self.modules and name not in sys.modules and not _exists(name):
+                sys.modules[name] = self.modules[name]
+            return __import__(name, *arguments, **named)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is such a module but ours; a folder of images called data, or of weights called models, is none."""
+    spec = PathFinder.find_spec(name)
+    if spec and spec.origin:
+        return Path(spec.origin).resolve().parent != HERE
+    return bool(spec) and any(pkgutil.iter_modules(spec.submodule_search_locations))
+
+
+def name_of_spec(spec: str) -> str:
+    """A short name for FILE.py:FACTORY, fit for a file and different for each path: net-build-1f0c5a."""
+    file, _, factory = spec.rpartition(":")
+    path = Path(file).resolve()
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:6]
+    return re.sub(r"[^\w.-]", "_", f"{path.stem}-{factory}-{digest}")
+
+
+def source_of(spec: str) -> bytes:
+    """The content of FILE.py and, once `from_file` has loaded it, of every module of the user's that it imported."""
+    file = Path(spec.rpartition(":")[0]).resolve()
+    modules = Neighbours.opened[file].modules if file in Neighbours.opened else {}
+    theirs = [module for name, module in modules.items() if module is not sys.modules.get(name)]
+    others = {Path(module.__file__) for module in theirs if getattr(module, "__file__", None)} - {file}
+    return b"\n".join(path.read_bytes() for path in [file, *sorted(others)])
+
+
+def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None:
+    """Raise Unusable, in one line that says how to wrap it, unless the network maps images to logits (N, classes).
+
+    Refused: a submodule in training mode, by name; a forward pass that raises or works in place (the images stay
+    as they are); any other type, shape or dtype; values that are not finite.  Returns a warning, in one line, for
+    outputs that look like those of a softmax; otherwise None.
+    """
+    training = [name or "the network itself" for name, module in network.named_modules() if module.training]
+    if training:
+        raise Unusable(f"{training[0]} is in training mode (modules that are: {len(training)}): call eval() on it")
+    given, weights = images.clone(), next(network.parameters(), images)
+    types = f"weights are {weights.dtype} on {weights.device}, images {images.dtype} on {images.device}"
+    with torch.no_grad(), _one_line(f"the forward pass fails ({types})"):
+        output = network(given)
+    if given._version or not torch.equal(given, images):
+        raise Unusable("the forward pass changes the images in place: let it begin with x = x.clone()")
+    if complaint := _complaint(output, len(images), classes):
+        raise Unusable(f"{complaint}; expected are logits, a floating-point tensor of shape (images, {classes})")
+    if (output < 0).any() or ((output.double().sum(1) - 1).abs() >= 1e-2).any():
+        return None
+    return (
+        "the outputs look like probabilities (rows sum to 1): return logits, without the softmax; where it saturates"
+        " gradients vanish, attacks go blind, and the network seems more robust than it is"
+    )
+
+
+def _complaint(output: Any, n: int, classes: int) -> str | None:
+    """What is wrong with the output for n images, and how to wrap the network; None where nothing is."""
+    wrap = "wrap it in a module whose forward returns"
+    if not isinstance(output, Tensor):
+        parts = list(output) if isinstance(output, dict) else [0] if isinstance(output, tuple | list) else []
+        part = ".logits" if hasattr(output, "logits") else f"[{parts[0]!r}]" if parts else ""
+        return f"it returns a {type(output).__name__}" + (f": {wrap} network(x){part}" if part else "")
+    shape = tuple(output.shape)
+    if shape in ((n,), (n, 1)):
+        return f"it returns one value an image, shape {shape}: if it is a logit z, {wrap} torch.stack([0 * z, z], 1)"
+    if shape != (n, classes):
+        counts = f": {shape[1]} classes, and the images have {classes}" if len(shape) == 2 and shape[0] == n else ""
+        return f"it returns shape {shape} for {n} images{counts}"
+    if not output.is_floating_point():
+        return f"it returns {output.dtype}, rounded or quantised: {wrap} what comes before"
+    return None if output.isfinite().all() else "its outputs are not finite"

@@ -1,10 +1,14 @@
 """The networks, against their description; and loading, which executes nothing."""
 
+import functools
+import hashlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import models
 
@@ -55,7 +59,7 @@ def test_a_branch_block_is_the_mean_of_separate_branches():
 
 
 def test_the_authors_head_has_a_relu_on_the_logits_and_ours_does_not():
-    x = torch.rand(64, 3, 32, 32)
+    x = torch.rand(8, 3, 8, 8)
     assert models.build("resnext34-authors", classes=10)(x).min() == 0
     assert models.build("resnext34", classes=10)(x).min() < 0
 
@@ -147,3 +151,90 @@ def test_load_refuses_what_is_not_a_checkpoint_and_executes_nothing(tmp_path):
     assert not marker.exists()
     with pytest.raises(ValueError, match="No such file"):
         models.load(tmp_path / "absent.pt")
+
+
+# --- the authors' release ----------------------------------------------------------------------------------
+
+
+def released(seed):
+    """A checkpoint in the layout of the authors' release, with random weights, and its network written out."""
+    torch.manual_seed(seed)
+    state, steps = {}, []
+
+    def norm(name, channels, **affine):
+        state.update({f"{name}.{key}": value for key, value in affine.items()})
+        state[f"{name}.running_mean"], state[f"{name}.running_var"] = torch.randn(channels), torch.rand(channels) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def normalised(name, z):
+        weight, bias = (state.get(f"{name}.{key}") for key in ("weight", "bias"))
+        return F.batch_norm(z, state[f"{name}.running_mean"], state[f"{name}.running_var"], weight, bias)
+
+    def layer(name, apply, channels, *shape):
+        state[f"{name}.weight"], state[f"{name}.bias"] = 0.1 * torch.randn(channels, *shape), torch.randn(channels)
+        norm(f"{name}.bn", channels)
+        bias = state[f"{name}.bias"].view(1, -1, *[1] * (len(shape) - 1))
+        steps.append(lambda z: (normalised(f"{name}.bn", apply(z, state[f"{name}.weight"])) + bias).relu())
+
+    def block(name, c):
+        state[f"{name}.conv0.weight"] = 0.1 * torch.randn(2 * c, c, 3, 3)
+        state[f"{name}.conv1.weight"] = 0.1 * torch.randn(2 * c, c, 3, 3)
+        for bn in ("bn0", "bn1"):
+            norm(f"{name}.{bn}", 2 * c, weight=torch.rand(2 * c), bias=torch.randn(2 * c))
+
+        def forward(x):
+            z = normalised(f"{name}.bn0", F.conv2d(x, state[f"{name}.conv0.weight"], padding=1)).relu()
+            z = normalised(f"{name}.bn1", F.conv2d(z, state[f"{name}.conv1.weight"], padding=1, groups=2))
+            return (x + sum(z.chunk(2, dim=1)) / 2).relu()
+
+        steps.append(forward)
+
+    layer("layer0", lambda z, w: F.conv2d(z, w, padding=1), 32, 3, 3, 3)
+    for stage, c in enumerate((32, 64, 128)):
+        if stage:
+            layer(f"layers.{stage}.0", F.conv2d, c, c // 2, 1, 1)
+            steps.append(lambda z: F.avg_pool2d(z, 2))
+        for i in range(5):
+            block(f"layers.{stage}.{i + 2 * bool(stage)}", c)
+    layer("fc", lambda z, w: z.mean((2, 3)) @ w.T, 10, 128)
+    checkpoint = {
+        "ix": 1,
+        "epoch": 200,
+        "model": "ResNeXt34_2x32",
+        "state_dict": state,
+        "pct_err": np.float64(8),
+        "loss": 0.1,
+    }
+    return checkpoint, lambda x: functools.reduce(lambda z, step: step(z), steps, x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_of_the_authors_is_their_network(tmp_path, monkeypatch):
+    checkpoint, network = released(0)
+    path, x = tmp_path / "x.pth.tar", torch.rand(2, 3, 16, 16)
+    for new in (True, False):  # they saved it in 2019, in torch's old format
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=new)
+        with pytest.warns(UserWarning, match="its SHA-256 is none of the release's"):
+            loaded = models.from_release(path)
+        torch.testing.assert_close(loaded(x), network(x), rtol=1e-4, atol=1e-4)
+        assert loaded(x).std() > 0.01
+    monkeypatch.setattr(models, "RELEASED", {hashlib.sha256(path.read_bytes()).hexdigest()})
+    models.from_release(path)  # says nothing: a warning is an error here
+
+
+def test_what_is_not_a_checkpoint_of_the_authors_is_refused(tmp_path):
+    path, (whole, _) = tmp_path / "x.pth.tar", released(0)
+    state = whole["state_dict"]
+    for wrong in (
+        state,
+        {"state_dict": dict(list(state.items())[:-2])},
+        {"state_dict": state | {"layers.3.0.weight": torch.zeros(1)}},
+        {"state_dict": state | {"module.layer0.weight": torch.zeros(1)}},
+        {"state_dict": state | {"fc.weight": torch.zeros(5, 128)}},
+        {"state_dict": nn.Linear(2, 2)},
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="not a CIFAR-10 checkpoint of the authors"):
+            models.from_release(path)
+    with pytest.raises(ValueError, match="FileNotFoundError"):
+        models.from_release(tmp_path / "absent")
