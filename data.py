@@ -17,24 +17,26 @@ sending random states.  The shape at which a test image is evaluated depends on 
 Pixels are taken as they are stored: EXIF orientation is not applied (nor is it by torchvision's ImageFolder).
 """
 
+import atexit
 import io
 import os
 import shlex
 import signal
 import sys
 import threading
-import time
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
-from multiprocessing import connection, parent_process
+from itertools import cycle, pairwise, starmap
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -43,18 +45,28 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset
 
-from runs import Failure, Unusable, progress_bar, run_command
+from runs import Failure, Unusable, explain, progress_bar, run_command
+from runs import replace as write
 
+NAMES = "digits", "cifar10", "imagenet"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images up to this size are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
+EXPECTED = "expected train/<class>/*, and test/ or val/ beside it"
 UNFINISHED = "unfinished"  # the file that marks a folder of copies to which some are still to come
 
 
 class DataError(Unusable):
     """Data that is missing or cannot be used; the message is one line and says what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text on one line that every terminal of UTF-8 can show: file names may hold any bytes."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 # --- chance without state ---------------------------------------------------------------------------------
@@ -86,42 +98,27 @@ def order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 # --- sources: where pixels come from ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Random crop after padding by `pad` with value `fill`, horizontal flip, cutout of a square of side `cutout`."""
+def augment(
+    images: Tensor, u: Tensor, *, border: int = 4, fill: int = 128, flip: bool = True, cutout: int = 16
+) -> Tensor:
+    """Images (N, C, H, W) augmented by the uniform numbers u (N, 5): like images, but float.
 
-    pad: int = 0
-    fill: int = 128
-    flip: bool = False
-    cutout: int = 0
-
-    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
-        """Images (N, C, H, W) augmented by the uniform numbers u (N, 5): like images, but float."""
-        images = self._crop_and_flip(images, u) if self.pad or self.flip else images
-        return self._cut_out(images.float(), u) if self.cutout else images.float()
-
-    def _crop_and_flip(self, images: Tensor, u: Tensor) -> Tensor:
-        count, _, height, width = images.shape
-        offsets = (u[:, :2] * (2 * self.pad + 1)).long()
-        rows = offsets[:, :1] + torch.arange(height, device=u.device)
-        columns = offsets[:, 1:] + torch.arange(width, device=u.device)
-        if self.flip:
-            columns = torch.where(u[:, 2:3] < 0.5, columns.flip(1), columns)
-        padded = pad(images, (self.pad,) * 4, value=self.fill)
-        image = torch.arange(count, device=u.device)[:, None, None]
-        return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-    def _cut_out(self, images: Tensor, u: Tensor) -> Tensor:
-        """Fill a square, centred anywhere and clipped at the border, with its own mean colour."""
-
-        def inside(length: int, u: Tensor) -> Tensor:
-            centre = (u * (length + (self.cutout % 2 == 0))).long()
-            offset = torch.arange(length, device=u.device) - (centre - self.cutout // 2)[:, None]
-            return (offset >= 0) & (offset < self.cutout)
-
-        mask = inside(images.shape[2], u[:, 3])[:, None, :, None] & inside(images.shape[3], u[:, 4])[:, None, None]
-        mean = (images * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
-        return torch.where(mask, mean, images)
+    Random crop after padding by `border` with value `fill`, horizontal flip, and cutout: a square of side `cutout`,
+    centred anywhere and clipped at the border, is filled with its own mean colour.
+    """
+    y, x = (torch.arange(length, device=u.device) for length in images.shape[2:])
+    corner = (u[:, :2] * (2 * border + 1)).long()
+    rows, columns = corner[:, :1] + y, corner[:, 1:] + x
+    if flip:
+        columns = torch.where(u[:, 2:3] < 0.5, columns.flip(1), columns)
+    padded = pad(images, (border,) * 4, value=fill)
+    image = torch.arange(len(images), device=u.device)[:, None, None]
+    images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float()
+    even = cutout % 2 == 0
+    top, left = ((u[:, [k]] * (len(line) + even)).long() - cutout // 2 for k, line in ((3, y), (4, x)))
+    mask = ((y >= top) & (y < top + cutout))[:, None, :, None] & ((x >= left) & (x < left + cutout))[:, None, None]
+    mean = (images * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
+    return torch.where(mask, mean, images)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,8 @@ class InMemory:
     images: Tensor
     labels: Tensor
     top: int = 255
-    augmentation: Augmentation | None = None
+    augmented: bool = False
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,135 +137,109 @@ class InMemory:
     def to(self, device: torch.device) -> "InMemory":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Pixels, 0 to `top`, and labels of the images at `indices`."""
+    def batch(self, indices: np.ndarray, _: None = None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Pixels, 0 to `top`, and labels of the images at `indices`; all have one shape, and none is unreadable."""
         where = torch.from_numpy(indices).to(self.images.device)
         images = self.images[where]
-        if self.augmentation:
+        if self.augmented:
             # Column 0 ordered the epoch; the augmentation has the others to itself.
             u = torch.from_numpy(uniforms(seed, epoch, indices, 6)[:, 1:]).to(images.device)
-            images = self.augmentation(images, u)
-        return images, self.labels[where]
-
-
-@dataclass(frozen=True, eq=False)
-class Paths(Sequence[Path]):
-    """root/name for every name.  The names are one array, which forked processes share and do not copy."""
-
-    root: Path
-    names: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> Path:
-        return self.root / str(self.names[i])
+            images = augment(images, u)
+        return images, self.labels[where], []
 
 
 Shape = tuple[int, int]  # height, width
+Batch = tuple[Tensor, Tensor]  # images in [0, 1], labels
+Stop = Callable[[], bool] | None  # asked once a second while nothing comes, whether to wait no longer
 Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise DataError
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Images decoded on demand as uint8 (N, 3, size, size), with random resized crop and flip if `train`.
+    """Images root/name decoded on demand, with random resized crop and flip if `train`.
 
-    `copies` has the folders of pre-resized copies by their short sides; `paths` is in one of them.
+    The names are one array, which forked processes share and do not copy.  `copies` has the folders of pre-resized
+    copies by their short sides, or {0: that of the originals}; `root` is one of them.
     """
 
-    paths: Paths
+    root: Path
+    names: np.ndarray
     labels: Tensor
+    classes: Sequence[str]
+    copies: dict[int, Path]
+    channels: int = 3
     size: int = 224
     train: bool = False
     min_scale: float = 0.08
     rectangular: bool = False
-    copies: dict[int, Path] = field(default_factory=dict)
     top: int = 255
+    notes: Sequence[str] = ()
     known: dict[int, Shape] = field(default_factory=dict, init=False, repr=False)  # see `shapes`
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.names)
+
+    def path(self, i: int) -> Path:
+        return self.root / str(self.names[i])
 
     def to(self, device: torch.device) -> "Files":
         return self
 
     def at(self, size: int, **fields: float | bool) -> "Files":
         """The same images at another size, from the smallest copies with a fifth to spare, or else the largest."""
-        paths = self.paths
-        if self.copies:
-            large_enough = [side for side in self.copies if 5 * side >= 6 * size]
-            paths = replace(paths, root=self.copies[min(large_enough, default=max(self.copies))])
-        return replace(self, paths=paths, size=size, **fields)
+        large_enough = [side for side in self.copies if 5 * side >= 6 * size]
+        return replace(self, root=self.copies[min(large_enough, default=max(self.copies))], size=size, **fields)
 
     def shapes(self, indices: np.ndarray) -> list[Shape]:
         """At which the images are evaluated; of an unreadable one: the square.  Each header is read once."""
-        square = self.size, self.size
-        if not self.rectangular:
-            return [square] * len(indices)
-        with ThreadPoolExecutor(16) as threads:  # they wait for the disk
-            new = [i for i in indices.tolist() if i not in self.known]
-            found = zip(new, threads.map(self._shape, new), strict=True)
-            self.known.update((i, shape) for i, shape in found if shape)
-        return [self.known.get(i, square) for i in indices.tolist()]
 
-    def _shape(self, i: int) -> Shape | None:
-        try:
-            with open_image(self.paths[i]) as image:
-                return rectangle(*image.size, self.size)
-        except DataError:  # whoever decodes the image meets it again
-            return None
+        def look(i: int) -> None:
+            with suppress(DataError), open_image(self.path(i)) as image:  # whoever decodes it meets the error again
+                self.known[i] = rectangle(*image.size, self.size)
+
+        unknown = [i for i in indices.tolist() if i not in self.known] if self.rectangular else []
+        with ThreadPoolExecutor(16) as threads:  # they wait for the disk
+            list(threads.map(look, unknown))
+        return [self.known.get(i, (self.size, self.size)) for i in indices.tolist()]
 
     def batch(
-        self, indices: np.ndarray, *, seed: int, epoch: int, shape: Shape | None = None, problems: Problems = None
-    ) -> tuple[Tensor, Tensor]:
-        """Pixels, 0 to 255, and labels of the images at `indices`, of one shape (default: the square).
+        self, indices: np.ndarray, shape: Shape | None = None, *, seed: int, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Pixels, 0 to 255, (N, height, width, channels), and labels of the images at `indices`; what went wrong.
 
-        An unreadable image raises DataError, naming the file.  With a list of problems, this message is appended to
-        it, and the image is left out; if `train`, the next readable one takes its place, with its own label and the
-        crop and flip that were drawn for the place (so it is not seen twice alike).  DataError after TRIES in a row.
+        All of one shape (default: the square).  An unreadable image is named and left out; if `train`, the next
+        readable one takes its place, with its own label and the crop and flip that were drawn for the place (so it
+        is not seen twice alike).  DataError after TRIES in a row.
         """
         shape = shape or (self.size, self.size)
-        u = uniforms(seed, epoch, indices, 6)[:, 1:]
-        found = [self._readable(int(i), row, shape, problems) for i, row in zip(indices, u, strict=True)]
-        found = [pair for pair in found if pair]
-        images = np.stack([pixels for _, pixels in found]) if found else np.empty((0, *shape, 3), dtype=np.uint8)
-        where = torch.tensor([i for i, _ in found], dtype=torch.int64)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[where]
-
-    def _readable(self, index: int, u: np.ndarray, shape: Shape, problems: Problems) -> tuple[int, np.ndarray] | None:
-        """The image at `index`, or what stands for it, and its own index."""
         tries = min(TRIES, len(self)) if self.train else 1
-        for i in ((index + k) % len(self) for k in range(tries)):
-            try:
-                return i, self._image(self.paths[i], u, shape)
-            except DataError as error:
-                if problems is None:
-                    raise
-                problems.append(str(error))
-        if self.train:
-            raise DataError(f"{problems[-tries]}; nor is any of the {tries - 1} images after it: is the disk there?")
-        return None
+        pixels, shown, problems = [], [], []
+        for index, u in zip(indices.tolist(), uniforms(seed, epoch, indices, 6)[:, 1:], strict=True):
+            for i in ((index + k) % len(self) for k in range(tries)):
+                try:
+                    pixels.append(self._image(self.path(i), u, shape))
+                    shown.append(i)
+                    break
+                except DataError as error:
+                    problems.append(str(error))
+            else:
+                if self.train:
+                    reason = f"nor is any of the {tries - 1} images after it: is the disk there?"
+                    raise DataError(f"{problems[-tries]}; {reason}")
+        stacked = np.array(pixels, dtype=np.uint8).reshape(-1, *shape, self.channels)
+        return stacked, self.labels[shown].numpy(), problems
 
     def _image(self, path: Path, u: np.ndarray, shape: Shape) -> np.ndarray:
         with open_image(path) as image:
             box = random_box(*image.size, self.min_scale, u) if self.train else centre_box(*image.size, shape)
-            pixels = np.asarray(crop(image, box, shape))
-        return pixels[:, ::-1].copy() if self.train and u[4] < 0.5 else pixels
+            pixels = np.asarray(crop(image, box, shape, self.channels))
+        return pixels[:, ::-1] if self.train and u[4] < 0.5 else pixels
 
 
 Source = InMemory | Files
 
 
-def fetch(
-    source: Source, indices: np.ndarray, device: torch.device, *, problems: Problems = None
-) -> tuple[Tensor, Tensor]:
-    """The images at `indices`, in [0, 1], and their labels, on the device; augmented only if the source is.
-
-    Unreadable images raise DataError, or are left out and named in `problems`.
-    """
-    how = {"problems": problems} if isinstance(source, Files) else {}
-    images, labels = source.batch(indices, seed=0, epoch=0, **how)
-    return images.to(device).float() / source.top, labels.to(device)
+# --- pixels -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -276,9 +248,20 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a readable image ({reason}); replace it or remove it") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); replace it or remove it") from None
+
+
+def eight_bits(image: Image.Image, channels: int = 3) -> Image.Image:
+    """The image as RGB or grey, with 16 bits scaled to 8.  Raises ValueError where numbers have no defined range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        tags = getattr(image, "tag_v2", {})  # of TIFF: 258 bits of a sample, perhaps 12; 262 whether 0 is white
+        pixels = np.asarray(image) / (2 ** tags.get(258, (16,))[0] - 1)
+        pixels = 1 - pixels if tags.get(262) == 0 else pixels
+        image = Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"the numbers of PIL's mode {image.mode} have no defined range: store 8 or 16 bits")
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -310,21 +293,160 @@ def centre_box(width: int, height: int, shape: Shape = (1, 1)) -> Box:
     return left, top, left + w, top + h
 
 
-def crop(image: Image.Image, box: Box, shape: int | Shape) -> Image.Image:
-    """The box of the image, resized to a shape or a square.  JPEG is decoded no larger than that needs."""
-    h, w = (shape, shape) if isinstance(shape, int) else shape
-    width, height = image.size
+def crop(image: Image.Image, box: Box, shape: Shape, channels: int = 3) -> Image.Image:
+    """The box of the image, resized to a shape.  JPEG is decoded no larger than that needs."""
+    (h, w), (width, height) = shape, image.size
     scale = max(w / (box[2] - box[0]), h / (box[3] - box[1]))
     image.draft("RGB", (int(width * scale) + 1, int(height * scale) + 1))
     sx, sy = image.size[0] / width, image.size[1] / height
     box = (box[0] * sx, box[1] * sy, min(box[2] * sx, image.size[0]), min(box[3] * sy, image.size[1]))
-    return image.convert("RGB").resize((w, h), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    return eight_bits(image, channels).resize((w, h), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+
+
+# --- image folders: what lies where -----------------------------------------------------------------------
+
+
+def _holds_images(root: Path) -> bool:
+    return any((root / part).is_dir() for part in ("train", "test", "val"))
+
+
+def image_sets(root: Path) -> dict[int, Path]:
+    """The folders that hold train/, test/ or val/: {0: root}, or those of the copies in root by their short side."""
+    if _holds_images(root):
+        return {0: root}
+    copies = {int(path.name): path for path in root.glob("*") if path.name.isdecimal() and _holds_images(path)}
+    if copies and (root / UNFINISHED).exists():
+        raise DataError(f"{root}: the copies in it are not complete; run {(root / UNFINISHED).read_text()} again")
+    return copies
+
+
+def part_of(sets: dict[int, Path], *names: str, classes: Sequence[str] | None = None, channels: int = 3) -> Files:
+    """The images of the folder of this name, labelled by `classes`, or else by those of the folder.
+
+    Of several names, the first that has a folder of a class is taken: ImageNet's own test/ has none.  All copies must
+    hold the same images.  Raises DataError.
+    """
+    root = sets[max(sets)]
+    there = [name for name in names if (root / name).is_dir()]
+    if not there:
+        raise DataError(f"{root}: no folder {' or '.join(names)} in it; {EXPECTED}")
+    name = max(there, key=lambda part: any(not classes or folder in classes for folder in _folders(root / part)))
+    files = list_images(root / name)
+    if len(classes or files.classes) < 2:
+        raise DataError(f"{files.root}: {len(files.classes)} class folders in it; expected at least 2")
+    for copy in (place / name for place in sets.values() if place != root):
+        if odd := sorted({*files.names.tolist()} ^ {*list_images(copy).names.tolist()}):
+            raise DataError(f"{odd[0]}: is in only one of {files.root} and {copy}; make it again, or remove the other")
+    passed = f"{root / there[0]}: passed over, since it has no folders of the classes, unlike {files.root}"
+    notes = [passed, *files.notes] if name != there[0] else files.notes
+    copies = {side: place / name for side, place in sets.items()}
+    classes = classes or files.classes
+    labels = _labels(files.labels, files.classes, classes, files.root)
+    return replace(files, labels=labels, classes=classes, copies=copies, channels=channels, notes=notes)
+
+
+def held_out(sets: dict[int, Path], channels: int = 3, classes: Sequence[str] | None = None, split: float = 0) -> Files:
+    """The images of test/ or val/, or the share `split` of train/ where there is neither.
+
+    Labelled by `classes`, or else by those of train/, or else by their own.  Raises DataError.
+    """
+    root = sets[max(sets)]
+    known = classes or _folders(root / "train")
+    if not split:
+        return part_of(sets, "test", "val", classes=known, channels=channels)
+    for part in (root / "test", root / "val"):
+        if part.is_dir():
+            raise DataError(f"{part}: is there, so no training images need be kept for testing: leave out --split")
+    return _share(part_of(sets, "train", classes=known, channels=channels), split, kept=True)
+
+
+def _labels(labels: Tensor, own: Sequence[str], classes: Sequence[str], where: str | Path) -> Tensor:
+    """The labels that count in `classes`, of those that count in `own`.  Raises DataError."""
+    if unknown := sorted(set(own) - set(classes)):
+        known = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        raise DataError(f"{where}/{unknown[0]}: no training images for this class; the classes are {known}")
+    return torch.tensor([classes.index(name) for name in own])[labels]
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
+
+
+def list_images(root: Path) -> Files:
+    """All images in the folders of root, the classes, and in folders inside these, as torchvision's ImageFolder.
+
+    But what is hidden (.DS_Store, ._x.png) is no image and no class.  Raises DataError.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    number = {name: i for i, name in enumerate(_folders(root))}
+    names, labels, passed = [], [], []
+    for path, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        inside = path[len(str(root)) + 1 :].replace(os.sep, "/")
+        if inside.count("/") > 20:
+            raise DataError(f"{path}: cannot be read (a link to a folder that holds the link?)")
+        hidden = {name for name in folders if name[0] == "."}
+        images = sorted(name for name in files if inside and name[0] != "." and name.lower().endswith(EXTENSIONS))
+        names += [f"{inside}/{name}" for name in images]
+        labels += [number.get(inside.split("/")[0])] * len(images)
+        passed += sorted(os.path.join(inside, name) for name in hidden.union(files).difference(images))
+        folders[:] = sorted({*folders} - hidden)  # where to go on
+    if not names:
+        raise DataError(f"{root}: no images in its class folders; known kinds are {' '.join(EXTENSIONS)}")
+    empty = sorted(number.keys() - {name.split("/")[0] for name in names})
+    said = {"passed over as no images of a class": passed, "class folders without images": empty}
+    said = "; ".join(f"{len(odd)} {what} ({', '.join(odd[:3])})" for what, odd in said.items() if odd)
+    notes = [one_line(f"{root}: {said}")] if said else []
+    return Files(root, np.array(names), torch.tensor(labels), list(number), {0: root}, notes=notes)
+
+
+def _chosen(source: Source, which: np.ndarray) -> Source:
+    pixels = {"images": source.images[which]} if isinstance(source, InMemory) else {"names": source.names[which]}
+    return replace(source, labels=source.labels[which], **pixels)
+
+
+def _subset(source: Source, subset: int | None) -> Source:
+    """`subset` of the images, the first in a fixed random order."""
+    return _chosen(source, np.sort(order(len(source), seed=0, epoch=1)[:subset]))
+
+
+def _share(files: Files, split: float, *, kept: bool) -> Files:
+    """The images that are kept for testing, or the others: a fixed function of each name, whatever else there is."""
+    stems = [os.fsencode(os.path.splitext(name)[0]) for name in files.names.tolist()]
+    which = (np.array([zlib.crc32(stem) for stem in stems]) < split * 2**32) == kept
+    if not which.any():
+        raise DataError(f"{files.root}: --split {split} leaves no image for {'testing' if kept else 'training'}")
+    return _chosen(files, which)
+
+
+def _held(files: Files) -> Source:
+    """The images in memory, if they are originals and the first is small; all must have its size then."""
+    if 0 not in files.copies:
+        return files
+    with open_image(files.path(0)) as first:
+        if max(first.size) > SMALL:
+            return files
+
+    def decode(i: int) -> np.ndarray:
+        with open_image(files.path(i)) as image:
+            pixels = np.asarray(eight_bits(image, files.channels))
+        if image.size != first.size:
+            sizes = "{}x{} pixels, others are {}x{}".format(*image.size, *first.size)
+            raise DataError(f"{files.path(i)}: is {sizes}; resize it to the same size")
+        return pixels.reshape(*pixels.shape[:2], files.channels)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        images = np.stack(list(threads.map(decode, range(len(files)))))
+    return InMemory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), files.labels, notes=files.notes)
 
 
 # --- data sets --------------------------------------------------------------------------------------------
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class Data:
     """Training and test images, and the names of the classes in the order of their labels."""
 
     train: Source
@@ -337,6 +459,22 @@ class Data(NamedTuple):
         """Whether the images are small enough to be held in memory."""
         return isinstance(self.train, InMemory)
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user, on what is odd about the folders."""
+        return [*self.train.notes, *self.test.notes]
+
+    @property
+    def short_side(self) -> int:
+        """Median short side of the training images, in pixels; of a hundred of them where they are files."""
+        if self.small:
+            return min(self.train.images.shape[2:])
+        sides = []
+        for i in order(len(self.train), seed=0, epoch=0)[:100]:
+            with suppress(DataError), open_image(self.train.path(i)) as image:
+                sides.append(min(image.size))
+        return int(np.median(sides or self.train.size))
+
     def at(self, *, size: int, min_scale: float, rectangular: bool) -> "Data":
         """The same images at another size; images held in memory stay as they are.
 
@@ -346,27 +484,78 @@ class Data(NamedTuple):
         if self.small:
             return self
         test = self.test.at(size, rectangular=rectangular)
-        return self._replace(train=self.train.at(size, min_scale=min_scale), test=test)
+        return replace(self, train=self.train.at(size, min_scale=min_scale), test=test)
 
 
-def load(name: str, data_dir: str | os.PathLike = "data", *, subset: int | None = None) -> Data:
+Place = str | os.PathLike | None
+
+
+def place(name: str, data_dir: Place = None) -> Path:
+    """The folder of a data set: what the user says, or the default.  Raises DataError where none can be there.
+
+    digits, cifar10 and imagenet are names, whatever lies in the working directory; all else is a folder's path.
+    """
+    default = {"imagenet": ["data/imagenet", "data"], "cifar10": ["data"], "digits": ["data"]}.get(name, [name])
+    roots = [Path(root) for root in (default if data_dir is None else [data_dir])]
+    found = next((root for root in roots if name != "digits" and image_sets(root)), None)
+    if found or name in ("digits", "cifar10"):
+        return found or roots[0]
+    if not roots[0].is_dir() and name not in NAMES:
+        missing = f"{roots[0]}: no such folder" if data_dir or os.sep in name else f"unknown data set {name!r}"
+        known = f"a data set is {', '.join(NAMES)}, or the path of an image folder"
+        raise DataError(f"{missing}; {known}; where it has moved, --data-dir names the place")
+    where, instead = " and ".join(map(str, roots)), "; --data-dir names another place" * (name in NAMES)
+    raise DataError(f"{where}: no folder train in it; {EXPECTED}{instead}")
+
+
+def stored_place(options: dict[str, Any]) -> Path | None:
+    """Where the images of a run are, by the options in its config.json; None: where `place` looks by itself."""
+    name, data_dir = options["dataset"], options.get("data_dir")
+    if name in NAMES:
+        return Path(data_dir) if data_dir else None
+    # Runs made before kept a folder's path as it was given, and, unless told otherwise, the absolute path of ./data.
+    there = Path(data_dir or "").parent / name
+    return there if there.is_dir() else Path(name)
+
+
+def load(name: str, data_dir: Place = None, *, subset: int | None = None, channels: int = 3, split: float = 0) -> Data:
     """The data set `name`, or its first `subset` training and test images in a fixed random order.
 
-    Raises DataError.
+    Its place is data_dir, or the default (`place`); images of folders are read as RGB, or grey if channels is 1.
+    Of a folder without a test part, the share `split` is kept for testing.  Raises DataError.
     """
-    data_dir = Path(data_dir)
-    if name == "digits":
-        return digits(subset)
-    if name == "cifar10":
-        return folder(data_dir, subset) if (data_dir / "train").is_dir() else cifar10(data_dir, subset)
-    if name == "imagenet":
-        return folder(data_dir, subset)
-    if Path(name).is_dir():
-        return folder(Path(name), subset)
-    raise DataError(f"unknown data set {name!r}: choose digits, cifar10, imagenet, or the path of an image folder")
+    sets = {} if name == "digits" else image_sets(place(name, data_dir))
+    if not sets:
+        loaded = digits() if name == "digits" else cifar10(place(name, data_dir))
+        return replace(loaded, train=_subset(loaded.train, subset), test=_subset(loaded.test, subset))
+    train, test = part_of(sets, "train", channels=channels), held_out(sets, channels, split=split)
+    train = _share(train, split, kept=False) if split else train
+    train, test = _subset(train, subset), _subset(test, subset)
+    held = _held(train)
+    if isinstance(held, Files):
+        return Data(replace(train, train=True), test, train.classes, channels)
+    held_test = _held(test)
+    if isinstance(held_test, Files) or held.images.shape[1:] != held_test.images.shape[1:]:
+        raise DataError(f"{test.root}: images differ in size from those in {train.root}; resize them")
+    return Data(replace(held, augmented=True), held_test, train.classes, channels)
 
 
-def digits(subset: int | None = None) -> Data:
+def load_test(
+    name: str, data_dir: Place = None, *, classes: list[str] | None = None, channels: int = 3, split: float = 0
+) -> tuple[Source, list[str]]:
+    """The test images of a data set and its classes; of an image folder, which may lack train/, those alone.
+
+    With `classes`, those that a network knows, labels follow these names.  Otherwise as `load`.  Raises DataError.
+    """
+    if name != "digits" and (sets := image_sets(place(name, data_dir))):
+        files = held_out(sets, channels, classes, split)
+        return _held(files), files.classes
+    loaded = load(name, data_dir)
+    classes = classes or loaded.classes
+    return replace(loaded.test, labels=_labels(loaded.test.labels, loaded.classes, classes, name)), classes
+
+
+def digits() -> Data:
     """scikit-learn's 1797 digits, 8x8 with values 0 to 16, in a fixed random order: 1000 train, 797 test."""
     from sklearn.datasets import load_digits  # here, since only this data set needs it
 
@@ -375,217 +564,64 @@ def digits(subset: int | None = None) -> Data:
     images = torch.from_numpy(bunch.images.astype(np.uint8))[shuffled, None]
     labels = torch.from_numpy(bunch.target)[shuffled]
     train, test = InMemory(images[:1000], labels[:1000], 16), InMemory(images[1000:], labels[1000:], 16)
-    return Data(_subset(train, subset), _subset(test, subset), [str(i) for i in range(10)], channels=1)
+    return Data(train, test, [str(i) for i in range(10)], channels=1)
 
 
-CIFAR = Augmentation(pad=4, fill=128, flip=True, cutout=16)
-
-
-def cifar10(data_dir: Path, subset: int | None = None) -> Data:
+def cifar10(data_dir: Path) -> Data:
     """CIFAR-10 as torchvision stores it, downloaded into data_dir when it is not there."""
     from torchvision.datasets import CIFAR10
 
     layout = "cifar-10-batches-py inside it, or train/<class>/* and test/<class>/*"
     try:
         download = not (data_dir / CIFAR10.base_folder).is_dir()
-        train, test = (CIFAR10(data_dir, train=part, download=download) for part in (True, False))
+        parts = [CIFAR10(data_dir, train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         reason = str(error).split(". ")[0]
         raise DataError(f"--data-dir {data_dir}: no usable CIFAR-10 ({reason}); it should hold {layout}") from None
-
-    def held(part: CIFAR10, augmentation: Augmentation | None) -> InMemory:
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return _subset(InMemory(images, torch.tensor(part.targets), augmentation=augmentation), subset)
-
-    return Data(held(train, CIFAR), held(test, None), list(train.classes), channels=3)
-
-
-def folder(root: Path, subset: int | None = None) -> Data:
-    """Images in root/train/<class>/* and root/test/<class>/* (or val/): in memory if small, else from disk.
-
-    Or pre-resized copies of such a folder, root/<short side>/train/<class>/* and so on, as `main` makes them.
-    """
-    copies = _copies(root)
-    train_part, test_part = _parts(copies[max(copies)] if copies else root)
-    classes = _folders(train_part)
-    train = _source(train_part, classes, copies, subset)
-    test = _source(test_part, classes, copies, subset, small=isinstance(train, InMemory))
-    if isinstance(train, Files):
-        return Data(replace(train, train=True), test, classes, channels=3)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DataError(f"{test_part}: images differ in size from those in {train_part}; resize them")
-    return Data(replace(train, augmentation=CIFAR), test, classes, channels=3)
-
-
-def load_test(name: str, data_dir: str | os.PathLike = "data") -> tuple[Source, list[str]]:
-    """The test images of a data set and its classes; of an image folder, which may lack train/, those alone.
-
-    Raises DataError.
-    """
-    root = Path(name) if Path(name).is_dir() else Path(data_dir)
-    copies = _copies(root)
-    base = copies[max(copies)] if copies else root
-    held_out = _held_out(base)
-    if name == "digits" or held_out is None:
-        loaded = load(name, data_dir)
-        return loaded.test, loaded.classes
-    classes = _folders(base / "train" if (base / "train").is_dir() else held_out)
-    return _source(held_out, classes, copies), classes
-
-
-def _held_out(root: Path) -> Path | None:
-    return next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
-
-
-def _holds_images(root: Path) -> bool:
-    return (root / "train").is_dir() or _held_out(root) is not None
-
-
-def _parts(root: Path) -> tuple[Path, Path]:
-    """The folders of the training and of the test images."""
-    if not (root / "train").is_dir():
-        raise DataError(f"{root}: no folder train in it; expected {root}/train/<class>/* and test/ or val/ beside it")
-    if not (held_out := _held_out(root)):
-        raise DataError(f"{root}: no folder test or val in it; expected test/<class>/* beside train/")
-    return root / "train", held_out
-
-
-def _copies(root: Path) -> dict[int, Path]:
-    """The folders of pre-resized copies in root, by short side; none where root itself holds images."""
-    if not root.is_dir() or _holds_images(root):
-        return {}
-    numbers = [name for name in os.listdir(root) if name.isdecimal() and _holds_images(root / name)]
-    if numbers and (root / UNFINISHED).exists():
-        raise DataError(f"{root}: the copies in it are not complete; run {(root / UNFINISHED).read_text()} again")
-    return {int(name): root / name for name in numbers}
-
-
-def _source(
-    part: Path, classes: list[str], copies: dict[int, Path], subset: int | None = None, small: bool | None = None
-) -> Source:
-    """The images of train/, test/ or val/, in memory if small (default: if the first of them is), and not augmented."""
-    paths, labels = _list_images(part, classes, subset)
-    if copies:
-        parts = {side: root / part.name for side, root in copies.items()}
-        names = {root: set(_list_images(root, classes)[0].names.tolist()) for root in parts.values()}
-        for root in parts.values():
-            if different := sorted(names[root] ^ names[part]):
-                missing = (part if different[0] in names[root] else root) / different[0]
-                raise DataError(f"{missing}: not there, unlike another copy of it; make it again, or remove the other")
-        return Files(paths, labels, copies=parts)
-    if small is None:
-        with open_image(paths[0]) as first:
-            small = max(first.size) <= SMALL
-    return InMemory(_decode(paths), labels) if small else Files(paths, labels)
-
-
-def _folders(root: Path) -> list[str]:
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if len(classes) < 2:
-        raise DataError(f"{root}: {len(classes)} class folders in it; expected at least 2, each a class's images")
-    return classes
-
-
-def _list_images(root: Path, classes: list[str], subset: int | None = None) -> tuple[Paths, Tensor]:
-    """Paths and labels in a fixed order, or a fixed random subset of them."""
-    if unknown := sorted(set(_folders(root)) - set(classes)):
-        raise DataError(f"{root / unknown[0]}: no training images for this class; it is not in train/")
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        if (root / name).is_dir():
-            files = sorted(e.name for e in os.scandir(root / name) if e.name.lower().endswith(EXTENSIONS))
-            names += [f"{name}/{file}" for file in files]
-            labels += [label] * len(files)
-    if not names:
-        raise DataError(f"{root}: no images in its class folders; known kinds are {' '.join(EXTENSIONS)}")
-    kept = _keep(len(names), subset)
-    return Paths(root, np.array(names)[kept]), torch.tensor(labels)[torch.from_numpy(kept)]
-
-
-def _decode(paths: Sequence[Path]) -> Tensor:
-    """All images as uint8 (N, 3, H, W); they must have one size."""
-
-    def decode(path: Path) -> np.ndarray:
-        with open_image(path) as image:
-            return np.asarray(image.convert("RGB"))
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        images = list(threads.map(decode, paths))
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            sizes = "x".join(map(str, image.shape[1::-1])), "x".join(map(str, images[0].shape[1::-1]))
-            raise DataError(f"{path}: is {sizes[0]} pixels, others are {sizes[1]}; resize it to the same size")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def _keep(count: int, subset: int | None) -> np.ndarray:
-    return np.arange(count) if subset is None else np.sort(order(count, seed=0, epoch=1)[:subset])
-
-
-def _subset(source: InMemory, subset: int | None) -> InMemory:
-    keep = torch.from_numpy(_keep(len(source), subset))
-    return replace(source, images=source.images[keep], labels=source.labels[keep])
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    train, test = (InMemory(*pair) for pair in zip(images, [torch.tensor(p.targets) for p in parts], strict=True))
+    return Data(replace(train, augmented=True), test, list(parts[0].classes), channels=3)
 
 
 # --- batches ----------------------------------------------------------------------------------------------
 
 
-Batch = tuple[np.ndarray, Shape | None]  # indices of images, and the shape at which they are read (default: square)
+def fetch(source: Source, indices: np.ndarray, device: torch.device, *, problems: Problems = None) -> Batch:
+    """The images at `indices`, in [0, 1], and their labels, on the device; augmented only if the source is.
 
-
-class _Batches(Dataset):
-    """Batch i of a list of them; what goes wrong is returned, not raised, and so crosses processes whole."""
-
-    def __init__(self, source: Source, batches: list[Batch], seed: int, epoch: int, tolerant: bool):
-        self.source, self.batches, self.seed, self.epoch, self.tolerant = source, batches, seed, epoch, tolerant
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[str]] | DataError:
-        """Images, labels, and the problems with them."""
-        indices, shape = self.batches[i]
-        problems: list[str] = []
-        how = {"shape": shape, "problems": problems if self.tolerant else None}
-        try:
-            more = how if isinstance(self.source, Files) else {}
-            return *self.source.batch(indices, seed=self.seed, epoch=self.epoch, **more), problems
-        except DataError as error:
-            return error
-
-
-def _ignore_signals(_: int) -> None:
-    """Workers leave Ctrl-C and SIGTERM, which reach the whole process group, to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Unreadable images raise DataError, or are left out and named in `problems`.
+    """
+    return next(_stream(source, [(indices, None)], device=device, problems=problems))
 
 
 def _stream(
     source: Source,
-    batches: list[Batch],
+    batches: Sequence[tuple],
+    *,
     device: torch.device,
-    workers: int,
-    problems: Problems,
+    workers: int = 0,
+    problems: Problems = None,
+    stop: Stop = None,
     seed: int = 0,
     epoch: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    workers = min(workers, len(batches)) if isinstance(source, Files) else 0
-    pin = device.type == "cuda" and isinstance(source, Files)
-    loader = DataLoader(
-        _Batches(source, batches, seed, epoch, tolerant=problems is not None),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        generator=torch.Generator(),  # its own, so that the global generator is left alone
-        worker_init_fn=_ignore_signals,
-    )
-    for item in loader:
-        if isinstance(item, DataError):
-            raise item
-        images, labels, messages = item
-        if messages:
-            problems.extend(messages)
-        if len(labels):
+) -> Iterator[Batch]:
+    """The batches, read by `workers` processes if they are files, in [0, 1] on the device.
+
+    An unreadable image raises DataError, or, with a list of problems, is named there and replaced or left out
+    (`Files.batch`).  While no batch is there, `stop` is asked once a second whether to end without the rest.
+    """
+    files = isinstance(source, Files)
+    read = partial(source.batch, seed=seed, epoch=epoch)
+    with closing(in_processes(read, batches, files * min(workers, len(batches)), "try fewer --workers", stop)) as found:
+        for images, labels, said in found:
+            if problems is not None:
+                problems += said
+            elif said:
+                raise DataError(said[0])
+            if files:
+                images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+                if device.type == "cuda":
+                    images, labels = images.pin_memory(), labels.pin_memory()
             yield images.to(device, non_blocking=True).float() / source.top, labels.to(device, non_blocking=True)
 
 
@@ -595,39 +631,29 @@ def training_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    device: torch.device,
     first: int = 0,
     rank: int = 0,
     processes: int = 1,
-    workers: int = 0,
-    problems: Problems = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    **how: Any,
+) -> Iterator[Batch]:
     """This process's share of every batch of one epoch, from batch `first` on: images in [0, 1] and labels.
 
     batch_size counts the images of all processes together; the last, incomplete batch of an epoch is dropped.
-    An unreadable image raises DataError, or, with a list of problems, is named there and replaced (`Files.batch`).
+    How they are read: device, workers, problems, stop, as `_stream` says.
     """
-    shuffled = order(len(source), seed=seed, epoch=epoch)
-    whole = [shuffled[i : i + batch_size] for i in range(0, len(source) - batch_size + 1, batch_size)]
-    share = batch_size // processes
-    mine = [(batch[rank * share : (rank + 1) * share], None) for batch in whole[first:]]
-    return _stream(source, mine, device, workers, problems, seed, epoch)
+    shuffled, share = order(len(source), seed=seed, epoch=epoch), batch_size // processes
+    starts = range(first * batch_size, len(source) - batch_size + 1, batch_size)
+    mine = [(shuffled[i + rank * share : i + (rank + 1) * share], None) for i in starts]
+    return _stream(source, mine, seed=seed, epoch=epoch, **how)
 
 
 def evaluation_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    processes: int = 1,
-    workers: int = 0,
-    problems: Problems = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once over all processes, not augmented: images in [0, 1] and labels.
+    source: Source, *, batch_size: int, rank: int = 0, processes: int = 1, **how: Any
+) -> Iterator[Batch]:
+    """Every image once over all processes, not augmented: images in [0, 1] and labels; no batch is empty.
 
-    In the order of the source, and one shape after the other where the source is rectangular.  An unreadable image
-    raises DataError, or, with a list of problems, is named there and left out; no batch is empty.
+    In the order of the source, and one shape after the other where the source is rectangular.
+    How they are read: device, workers, problems, stop, as `_stream` says.
     """
     mine = np.arange(len(source))[rank::processes]
     groups: dict[Shape | None, list[int]] = {}
@@ -638,63 +664,127 @@ def evaluation_batches(
         for shape, group in groups.items()
         for i in range(0, len(group), batch_size)
     ]
-    return _stream(source, batches, device, workers, problems)
+    return (batch for batch in _stream(source, batches, **how) if len(batch[1]))
+
+
+# --- processes that read ----------------------------------------------------------------------------------
+
+
+def in_processes(function: Callable, items: Sequence[tuple], count: int, advice: str, stop: Stop = None) -> Iterator:
+    """function(*item) for every item, in order, from `count` processes that end with this generator (0: from this one).
+
+    While waiting, `stop` is asked once a second whether to end here.  Raises what the function raises; Failure, with
+    `advice`, for a process that is lost.
+    """
+    # Each process has its own pipe, which needs no shared memory and says at once when its process is gone.  torch's
+    # DataLoader interrupts the main process wherever it is when a worker is lost, leaves workers behind when the main
+    # process is killed, and cannot end those that a lost disk holds if they are to ignore the signals of a cluster.
+    if not count:
+        yield from starmap(function, items)
+        return
+    context = get_context("fork" if sys.platform == "linux" else None)  # which shares a million names, and copies none
+    pipes, processes = [], []
+
+    def end() -> None:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(5)
+
+    atexit.register(end)  # where an error keeps this generator alive until then
+    try:
+        for k in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, function, items[k::count]), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        for pipe, _ in zip(cycle(pipes), items, strict=False):
+            while not pipe.poll(1.0):
+                if stop and stop():
+                    return
+            answer = pipe.recv()
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+    except (EOFError, OSError) as error:
+        reason = getattr(error, "strerror", None) or "out of memory?"
+        raise Failure(f"a process that reads images is lost ({reason}); {advice}", 1) from None
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _work(pipe: Connection, function: Callable, items: Sequence[tuple]) -> None:
+    """A process beside the main one: it ends with that one, however that ends, and by no signal to the whole group."""
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # PIL's, on metadata
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    for item in items:
+        try:
+            answer = function(*item)
+        except MemoryError:
+            return
+        except OSError as error:
+            answer = Failure(*explain(error))
+        except Exception as error:
+            answer = error
+            error.add_note(traceback.format_exc())  # which a pickle would leave behind
+        pipe.send(answer)
 
 
 # --- smaller copies ---------------------------------------------------------------------------------------
 
-Job = tuple[Paths, dict[int, Path]]  # images, and by short side the folders for their copies
 
-
-def plan_copies(root: Path, out: Path, sides: list[int]) -> list[Job]:
-    """What is to be copied where: the training images, the test images.  Raises DataError."""
-    parts = _parts(root)
+def plan_copies(root: Path, out: Path, sides: Sequence[int]) -> list[tuple[str, str]]:
+    """The images of root, and how each copy is named in out/<short side>.  Makes the folders.  Raises DataError."""
+    parts = [part_of({0: root}, "train"), held_out({0: root})]
     if out.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{out}: lies in {root}; choose a folder outside of it for the copies")
     if _holds_images(out):
         raise DataError(f"{out}: holds images itself; choose a new folder for the copies")
-    classes = _folders(parts[0])
-    jobs = [(_list_images(part, classes)[0], {side: out / str(side) / part.name for side in sides}) for part in parts]
-    for paths, _ in jobs:
-        for name, following in pairwise(paths.names.tolist()):
-            if copy_name(name) >= copy_name(following) and name.split("/")[0] == following.split("/")[0]:
-                reason = f"its copy, a .jpg, would not come after that of {name}"
-                raise DataError(f"{paths.root / following}: {reason}; rename one of them")
-    return jobs
-
-
-def copy_name(name: str) -> str:
-    return os.path.splitext(name)[0] + ".jpg"
-
-
-def make_folders(jobs: list[Job], out: Path) -> None:
-    """Make the folders for the copies, without what a killed process left in them.  Raises DataError."""
-    folders = [root / name for paths, targets in jobs for root in targets.values() for name in _folders(paths.root)]
+    names = [f"{files.root.name}/{name}" for files in parts for name in files.names.tolist()]
+    pairs = [(name, os.path.splitext(name)[0] + ".jpg") for name in names]
+    for (name, copy), (following, its_copy) in pairwise(pairs):
+        if copy >= its_copy and os.path.dirname(name) == os.path.dirname(following):
+            reason = f"its copy, a .jpg, would not come after that of {name}"
+            raise DataError(f"{root / following}: {reason}; rename one of them")
+    folders = {f"{files.root.name}/{name}" for files in parts for name in files.classes}.union(
+        map(os.path.dirname, names)
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / UNFINISHED).write_text(shlex.join(["python", *sys.argv]))
-        for path in folders:
+        for path in (out / str(side) / name for side in sides for name in folders):
             path.mkdir(parents=True, exist_ok=True)
-            for remains in path.glob(".*.jpg.*"):
+            for remains in path.glob(".*.jpg.*"):  # of a process that was killed
                 remains.unlink()
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot write there ({error.strerror})") from None
+    return pairs
 
 
-def shrink(name: str, *, source: Path, targets: dict[int, Path], quality: int) -> str | None:
-    """Write the copies of source/name that are not there yet into the folders `targets`, by short side, as RGB JPEG.
+def shrink(original: str, copy: str, root: Path, out: Path, sides: Sequence[int], quality: int) -> str | None:
+    """Write the copies of root/original that are not yet in out/<short side>/copy, as RGB JPEG.
 
     An image whose short side is no longer than that is copied as it is.  Returns the message if it is unreadable.
     """
-    paths = {side: root / copy_name(name) for side, root in targets.items()}
+    paths = {side: out / str(side) / copy for side in sides}
     paths = {side: path for side, path in paths.items() if not (path.exists() and path.stat().st_size)}
     if not paths:
         return None
     try:
-        with open_image(source / name) as image:
+        with open_image(root / original) as image:
             short, size = min(image.size), image.size
             image.draft("RGB", tuple(2 * max(paths) * length // short + 1 for length in size))
-            pixels = image.convert("RGB")
+            pixels = eight_bits(image)
     except DataError as error:
         return str(error)
     for side, path in paths.items():
@@ -703,75 +793,37 @@ def shrink(name: str, *, source: Path, targets: dict[int, Path], quality: int) -
             # Rounded up: 4:3 must not become a little less, which `rectangle` would take for a shorter shape.
             smaller = [-(-length * side // short) for length in size]
             pixels.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0).save(content, "JPEG", quality=quality)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content.getvalue() or (source / name).read_bytes())
-        os.replace(temporary, path)
+        write(path, content.getvalue() or (root / original).read_bytes(), sync=False)
     return None
-
-
-def shrink_all(jobs: list[Job], quality: int) -> Iterator[str | None]:
-    """Copy all images, in a process for each core: the message of each that is unreadable, None for the others."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ProcessPoolExecutor(cores, initializer=_end_with_parent) as pool:
-        try:
-            for paths, targets in jobs:
-                copy = partial(shrink, source=paths.root, targets=targets, quality=quality)
-                yield from pool.map(copy, paths.names.tolist(), chunksize=16)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Let this process end with the one that started it, however that one ends, and by no other signal."""
-    _ignore_signals(0)
-    warnings.simplefilter("ignore")  # PIL's, on metadata
-
-    def watch() -> None:
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def option(text: str, **limits: int) -> typer.models.OptionInfo:
-    return typer.Option(help=text, **limits)
 
 
 def main(
     root: Annotated[Path, typer.Argument(metavar="DIR", help="DIR/train/<class>/*, and DIR/val or DIR/test.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="For the copies: OUT/<short side>/train/<class>/*.")],
-    short_side: Annotated[list[int], option("Pixels; once for each set of copies.", min=32)] = [160, 352],  # noqa: B006
-    quality: Annotated[int, option("JPEG quality of the copies.", min=1, max=95)] = 90,
+    short_side: Annotated[list[int], typer.Option(help="Pixels; once for each set.", min=32)] = [160, 352],  # noqa: B006
+    quality: Annotated[int, typer.Option(help="JPEG quality of the copies.", min=1, max=95)] = 90,
 ) -> int:
     """Make smaller copies of an image folder, decoded faster.  Killed, the same command goes on where it was."""
-    jobs = plan_copies(root, out, sorted(set(short_side)))
-    make_folders(jobs, out)
-    console, total = Console(soft_wrap=True, highlight=False), sum(len(paths) for paths, _ in jobs)
+    pairs, on = plan_copies(root, out, short_side), "the same command goes on from here"
+    console, unreadable = Console(soft_wrap=True, highlight=False), []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    copy = partial(shrink, root=root, out=out, sides=short_side, quality=quality)
+    messages = in_processes(copy, pairs, min(len(pairs), cores), on)
     try:
-        unreadable = collect(shrink_all(jobs, quality), total, console)
-    except BrokenProcessPool:
-        raise Failure("a process was killed (out of memory?); the same command goes on from here", 1) from None
+        with closing(messages), progress_bar(console, "copying", len(pairs)) as show:
+            for done, message in enumerate(messages, 1):
+                show(done)
+                unreadable += [message] if message else []
+                if done % 10_000 == 0 and not console.is_terminal:
+                    console.print(f"{done} of {len(pairs)} images")
     except KeyboardInterrupt:
-        raise Failure("stopped; the same command goes on from here", 130) from None
+        raise Failure(f"stopped; {on}", 130) from None
     (out / UNFINISHED).unlink()
     print(*unreadable, sep="\n", end="\n" * bool(unreadable), file=sys.stderr)
     left_out = f" ({len(unreadable)} unreadable, left out)" * bool(unreadable)
-    total -= len(unreadable)
-    console.print(f"{total} images in {out}{left_out}; now: python train.py imagenet --data-dir {out}")
+    done = len(pairs) - len(unreadable)
+    console.print(f"{done} images in {out}{left_out}; now: python train.py imagenet --data-dir {out}")
     return 1 if unreadable else 0
-
-
-def collect(messages: Iterator[str | None], total: int, console: Console) -> list[str]:
-    """The messages, while a bar or now and then a line shows how far it is."""
-    found, said = [], time.monotonic()
-    with closing(messages), progress_bar(console, "copying", total) as show:
-        for done, message in enumerate(messages, 1):
-            show(done)
-            found += [message] if message else []
-            if not console.is_terminal and time.monotonic() > said + 30:
-                said = time.monotonic()
-                console.print(f"{done} of {total} images")
-    return found
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def plain(source: data.Files, indices: np.ndarray, *, seed: int, epoch: int) -> 
     """What `Files.batch` shows, from images that are decoded whole."""
     found = []
     for i, u in zip(indices, data.uniforms(seed, epoch, indices, 6)[:, 1:], strict=True):
-        with data.open_image(source.paths[i]) as image:
+        with data.open_image(source.path(i)) as image:
             box = data.random_box(*image.size, source.min_scale, u)
             size = source.size, source.size
             pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=2.0))
@@ -80,7 +80,7 @@ def one_core(
     ways = {
         "plain PIL": lambda turn: plain(ours, indices, seed=seed, epoch=turn),
         "draft": lambda turn: ours.batch(indices, seed=seed, epoch=turn),
-        f"draft, copies at {small.paths.root.parent.name}": lambda turn: small.batch(indices, seed=seed, epoch=turn),
+        f"draft, copies at {small.root.parent.name}": lambda turn: small.batch(indices, seed=seed, epoch=turn),
     }
     return rows(size, turns(ways, repeats, time.process_time), len(indices))
 
@@ -103,8 +103,7 @@ def with_workers(size: int, source: data.Data, copies: data.Data, seed: int, rep
 
 def long_epoch(source: data.Files) -> data.Files:
     times = -(-EPOCH // len(source))
-    paths = replace(source.paths, names=np.tile(source.paths.names, times))
-    return replace(source, paths=paths, labels=source.labels.repeat(times))
+    return replace(source, names=np.tile(source.names, times), labels=source.labels.repeat(times))
 
 
 def processor() -> str:
@@ -115,10 +114,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def sizes_of(paths: data.Paths, indices: np.ndarray) -> str:
+def sizes_of(source: data.Files, indices: np.ndarray) -> str:
     short = []
     for i in indices:
-        with data.open_image(paths[i]) as image:
+        with data.open_image(source.path(i)) as image:
             short.append(min(image.size))
     return f"short sides {min(short)} to {max(short)}, median {statistics.median(short):.0f}"
 
@@ -141,13 +140,11 @@ def main(
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     with tempfile.TemporaryDirectory() as directory:
         make_copies(data_dir, Path(directory) / "copies")
-        source, copies = (data.folder(root, images) for root in (data_dir, Path(directory) / "copies"))
+        source, copies = (data.load(str(root), subset=images) for root in (data_dir, Path(directory) / "copies"))
         if source.small:
             raise data.DataError(f"{data_dir}: its images are held in memory; this measures files of large ones")
         indices = np.arange(len(source.train))
-        print(
-            f"{len(indices)} training images of {data_dir} ({sizes_of(source.train.paths, indices)}), {repeats} turns,"
-        )
+        print(f"{len(indices)} training images of {data_dir} ({sizes_of(source.train, indices)}), {repeats} turns,")
         print(
             f"seed {seed}, random crops of {MIN_SCALE:.0%} to 100 % of the area. {processor()}, {os.cpu_count()} cores,"
         )

@@ -1,18 +1,23 @@
 """Batches are a pure function of (seed, epoch, index); images are what is on disk; errors name the file."""
 
+import io
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -74,7 +79,7 @@ def test_order_is_a_permutation_that_changes_with_seed_and_epoch(seed, epoch, co
 def cifar_like(count=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return data.InMemory(images, torch.arange(count), augmentation=data.CIFAR)
+    return data.InMemory(images, torch.arange(count), augmented=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -121,37 +126,39 @@ def test_evaluation_shows_every_image_once_unaugmented(processes):
 # --- augmentation against a slow one, image by image ------------------------------------------------------
 
 
-def slow_augmentation(image, u, how):
+def slow_augmentation(image, u, *, border=4, fill=128, flip=True, cutout=16):
     channels, height, width = image.shape
-    padded = np.full((channels, height + 2 * how.pad, width + 2 * how.pad), how.fill, dtype=np.float64)
-    padded[:, how.pad : how.pad + height, how.pad : how.pad + width] = image
-    top, left = int(u[0] * (2 * how.pad + 1)), int(u[1] * (2 * how.pad + 1))
+    padded = np.full((channels, height + 2 * border, width + 2 * border), fill, dtype=np.float64)
+    padded[:, border : border + height, border : border + width] = image
+    top, left = int(u[0] * (2 * border + 1)), int(u[1] * (2 * border + 1))
     image = padded[:, top : top + height, left : left + width]
-    if how.flip and u[2] < 0.5:
+    if flip and u[2] < 0.5:
         image = image[:, :, ::-1]
-    if how.cutout:
+    if cutout:
         image = image.copy()
-        even = how.cutout % 2 == 0
-        y, x = (int(v * (n + even)) - how.cutout // 2 for v, n in ((u[3], height), (u[4], width)))
-        rows, columns = slice(max(0, y), min(height, y + how.cutout)), slice(max(0, x), min(width, x + how.cutout))
+        even = cutout % 2 == 0
+        y, x = (int(v * (n + even)) - cutout // 2 for v, n in ((u[3], height), (u[4], width)))
+        rows, columns = slice(max(0, y), min(height, y + cutout)), slice(max(0, x), min(width, x + cutout))
         image[:, rows, columns] = image[:, rows, columns].mean((1, 2), keepdims=True)
     return image
 
 
-@given(seeds, st.integers(0, 5), st.booleans(), st.integers(0, 9), st.integers(0, 255))
-def test_augmentation_is_crop_flip_and_cutout(seed, pad, flip, cutout, fill):
-    how = data.Augmentation(pad=pad, fill=fill, flip=flip, cutout=cutout)
+HOW = {"border": st.integers(0, 5), "flip": st.booleans(), "cutout": st.integers(0, 9), "fill": st.integers(0, 255)}
+
+
+@given(seeds, st.just({}) | st.fixed_dictionaries(HOW))
+def test_augmentation_is_crop_flip_and_cutout(seed, how):
     images = np.random.default_rng(seed).integers(0, 256, (6, 2, 9, 7), dtype=np.uint8)
     u = data.uniforms(seed, 0, np.arange(6), 5)
-    got = how(torch.from_numpy(images), torch.from_numpy(u)).numpy()
-    expected = np.stack([slow_augmentation(image, row, how) for image, row in zip(images, u, strict=True)])
+    got = data.augment(torch.from_numpy(images), torch.from_numpy(u), **how).numpy()
+    expected = np.stack([slow_augmentation(image, row, **how) for image, row in zip(images, u, strict=True)])
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_the_augmentation_of_an_image_depends_on_seed_epoch_and_its_index_alone():
     source = cifar_like()
-    both, _ = source.batch(np.array([3, 11]), seed=5, epoch=6)
-    alone, _ = source.batch(np.array([11]), seed=5, epoch=6)
+    both = source.batch(np.array([3, 11]), seed=5, epoch=6)[0]
+    alone = source.batch(np.array([11]), seed=5, epoch=6)[0]
     assert torch.equal(both[1], alone[0])
     assert not torch.equal(alone, source.batch(np.array([11]), seed=5, epoch=7)[0])
     assert not torch.equal(alone, source.batch(np.array([11]), seed=6, epoch=6)[0])
@@ -187,7 +194,7 @@ def test_centre_box_is_resize_256_crop_224(size):
     y, x = np.mgrid[: size[1], : size[0]]
     smooth = np.stack([x * 255 / size[0], y * 255 / size[1], (x + y) * 255 / sum(size)], -1).astype(np.uint8)
     image = Image.fromarray(smooth)
-    ours = np.asarray(data.crop(image, data.centre_box(*size), 224), dtype=float)
+    ours = np.asarray(data.crop(image, data.centre_box(*size), (224, 224)), dtype=float)
     theirs = np.asarray(F.center_crop(F.resize(image, 256), 224), dtype=float)
     assert np.abs(ours - theirs).max() <= 3
 
@@ -198,7 +205,7 @@ def test_draft_decoding_gives_the_same_image_as_full_decoding(tmp_path):
     Image.fromarray(smooth).save(tmp_path / "big.jpg", quality=95)
     box = (100.0, 50.0, 1000.0, 850.0)
     with data.open_image(tmp_path / "big.jpg") as image:
-        drafted = np.asarray(data.crop(image, box, 64), dtype=float)
+        drafted = np.asarray(data.crop(image, box, (64, 64)), dtype=float)
         assert image.size[0] < 1200, "draft did not reduce the image"
     full = Image.open(tmp_path / "big.jpg").convert("RGB").resize((64, 64), Image.Resampling.BILINEAR, box=box)
     assert np.abs(drafted - np.asarray(full, dtype=float)).max() <= 4
@@ -223,8 +230,9 @@ def test_large_images_come_from_disk_the_same_whatever_the_workers(tmp_path, wor
 def test_digits_are_scikit_learns_and_split_once():
     from sklearn.datasets import load_digits
 
-    train, test, classes, channels = data.load("digits")
-    assert (len(train), len(test), len(classes), channels) == (1000, 797, 10, 1)
+    loaded = data.load("digits")
+    train, test = loaded.train, loaded.test
+    assert (len(train), len(test), len(loaded.classes), loaded.channels) == (1000, 797, 10, 1)
     ours = torch.cat([train.images, test.images]).flatten(1).numpy()
     theirs = load_digits().data
     assert sorted(map(bytes, ours)) == sorted(map(bytes, theirs.astype(np.uint8)))
@@ -236,13 +244,13 @@ def test_digits_are_scikit_learns_and_split_once():
 
 def test_a_folder_of_small_images_is_held_in_memory_exactly(tmp_path):
     write_images(tmp_path)
-    train, test, classes, channels = data.load("cifar10", tmp_path)
-    assert (classes, channels, len(train), len(test)) == (["cat", "dog"], 3, 12, 12)
+    loaded = data.load("cifar10", tmp_path)
+    train, test = loaded.train, loaded.test
+    assert (loaded.classes, loaded.channels, len(train), len(test)) == (["cat", "dog"], 3, 12, 12)
     on_disk = np.asarray(Image.open(tmp_path / "test/dog/4.png"))
     assert torch.equal(test.images[10], torch.from_numpy(on_disk.copy()).permute(2, 0, 1))
     assert test.labels.tolist() == [0] * 6 + [1] * 6
-    assert test.augmentation is None
-    assert train.augmentation == data.CIFAR
+    assert (train.augmented, test.augmented) == (True, False)
 
 
 def test_val_serves_as_test_and_subset_is_fixed(tmp_path):
@@ -275,9 +283,13 @@ def test_torchvisions_layout(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [list(p[:2]) for p in parts])
     monkeypatch.setattr(CIFAR10, "test_list", [list(test_part[:2])])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
-    train, test, classes, _ = data.load("cifar10", tmp_path)
-    assert (len(train), len(test), classes) == (20, 4, ["a", "b", "c"])
-    assert torch.equal(test.images.flatten(1), torch.from_numpy(test_part[2]))
+    loaded = data.load("cifar10", tmp_path)
+    assert (len(loaded.train), len(loaded.test), loaded.classes) == (20, 4, ["a", "b", "c"])
+    assert torch.equal(loaded.test.images.flatten(1), torch.from_numpy(test_part[2]))
+    source, classes = data.load_test("cifar10", tmp_path, classes=["c", "x", "b", "a"])
+    assert (source.labels.tolist(), classes) == ([3, 2, 0, 2], ["c", "x", "b", "a"])
+    with pytest.raises(data.DataError, match="cifar10/c: no training images for this class; the classes are a, b"):
+        data.load_test("cifar10", tmp_path, classes=["a", "b"])
     (base / "data_batch_3").write_bytes(b"broken")
     with pytest.raises(data.DataError, match="no usable CIFAR-10") as error:
         data.load("cifar10", tmp_path)
@@ -302,7 +314,7 @@ def write_sizes(root, sizes=SIZES, parts=("train", "val")):
 
 
 def rectangular(root, size=64):
-    return data.folder(root).at(size=size, min_scale=0.2, rectangular=True).test
+    return data.load(str(root)).at(size=size, min_scale=0.2, rectangular=True).test
 
 
 def evaluated(source, **how):
@@ -362,7 +374,7 @@ def test_how_an_image_is_evaluated_depends_on_it_alone(tmp_path):
         evaluated(rectangular(root), batch_size=100),
         evaluated(rectangular(root), rank=1, processes=2, workers=2),
     ]
-    few = data.folder(root, subset=4).at(size=64, min_scale=1, rectangular=True).test
+    few = data.load(str(root), subset=4).at(size=64, min_scale=1, rectangular=True).test
     for found in (*others, evaluated(few)):
         assert len(found) >= 4
         for name, (image, label) in found.items():
@@ -373,7 +385,7 @@ def test_how_an_image_is_evaluated_depends_on_it_alone(tmp_path):
 def test_rectangles_show_what_the_square_shows_and_more_at_the_same_scale(tmp_path):
     """On gradients, where the pixel at distance d from the centre is known in closed form."""
     root = write_sizes(tmp_path)
-    squares = evaluated(data.folder(root).at(size=64, min_scale=1, rectangular=False).test)
+    squares = evaluated(data.load(str(root)).at(size=64, min_scale=1, rectangular=False).test)
     for name, (image, _) in evaluated(rectangular(root)).items():
         width, height = SIZES[name]
         step = min(width, height) * 7 / 8 / 64  # pixels of the original to a pixel of ours
@@ -420,7 +432,7 @@ def test_another_size_keeps_images_held_in_memory():
 
 
 def test_another_size_changes_crops_and_nothing_else(tmp_path):
-    loaded = data.folder(write_images(tmp_path, size=(100, 80)))
+    loaded = data.load(str(write_images(tmp_path, size=(100, 80))))
     same, larger = (loaded.at(size=size, min_scale=0.08, rectangular=False) for size in (224, 40))
     for (x, y), (x2, y2), (x3, y3) in zip(*(batches(d.train) for d in (loaded, same, larger)), strict=True):
         assert torch.equal(x, x2)
@@ -454,10 +466,10 @@ DAMAGE = {
 def damaged(root, names, damage="truncated"):
     """Twelve training and twelve test images of 100x80; those with these indices are damaged after listing."""
     write_images(root, size=(100, 80), kind="jpg")
-    loaded = data.folder(root).at(size=32, min_scale=0.3, rectangular=True)
+    loaded = data.load(str(root)).at(size=32, min_scale=0.3, rectangular=True)
     for source in (loaded.train, loaded.test):
         for i in names:
-            DAMAGE[damage](source.paths[i])
+            DAMAGE[damage](source.path(i))
     return loaded
 
 
@@ -471,10 +483,10 @@ def test_an_unreadable_training_image_is_replaced_by_the_next(tmp_path, damage):
     u = data.uniforms(1, 2, shown, 6)[:, 1:]
     for place, index in enumerate(shown):
         stands_for = 5 if index in (3, 4) else index
-        expected = whole._image(whole.paths[stands_for], u[place], (32, 32))
+        expected = whole._image(whole.path(stands_for), u[place], (32, 32))
         assert np.array_equal((images[place] * 255).round().byte().permute(1, 2, 0).numpy(), expected)
         assert labels[place] == whole.labels[stands_for]
-    assert sorted(line.split(":")[0] for line in problems) == sorted(map(str, [source.paths[i] for i in (3, 4, 4)]))
+    assert sorted(line.split(":")[0] for line in problems) == sorted(map(str, [source.path(i) for i in (3, 4, 4)]))
     assert all("\n" not in line and "not a readable image" in line for line in problems)
 
 
@@ -504,7 +516,7 @@ def test_an_unreadable_test_image_is_left_out(tmp_path, damage, workers):
         labels += y.tolist()
     assert len(labels) == 9
     assert sum(labels) == 4  # of six images of the second class two are lost
-    assert sorted(line.split(":")[0] for line in problems) == [str(source.paths[i]) for i in (2, 8, 9)]
+    assert sorted(line.split(":")[0] for line in problems) == [str(source.path(i)) for i in (2, 8, 9)]
 
 
 def test_a_run_of_unreadable_images_has_a_limit(tmp_path, monkeypatch):
@@ -596,12 +608,13 @@ def test_copies_are_smaller_and_never_larger(tmp_path, monkeypatch, capsys):
 def test_copies_are_the_same_images_to_a_network(tmp_path, monkeypatch):
     originals, out = photographs(tmp_path / "in"), tmp_path / "out"
     assert command(monkeypatch, originals, out) == 0
-    for name, data_dir in (("imagenet", out), (str(out), "data")):
+    for name, data_dir in (("imagenet", out), (str(out), None)):
         ours, theirs = (
-            d.at(size=128, min_scale=0.3, rectangular=True) for d in (data.load(name, data_dir), data.folder(originals))
+            d.at(size=128, min_scale=0.3, rectangular=True)
+            for d in (data.load(name, data_dir), data.load(str(originals)))
         )
         assert ours.classes == theirs.classes == ["c0", "c1"]
-        assert ours.train.paths[0].parts[-4] == "160"
+        assert ours.train.path(0).parts[-4] == "160"
         for x, x2 in zip(batches(ours.train, batch_size=3), batches(theirs.train, batch_size=3), strict=True):
             assert torch.equal(x[1], x2[1])
             assert (x[0] - x2[0]).abs().mean() < 0.01
@@ -616,25 +629,26 @@ def test_the_smallest_copy_that_is_large_enough_is_read(tmp_path, monkeypatch):
     out = tmp_path / "out"
     sides = [flag for side in (60, 160, 96) for flag in ("--short-side", side)]
     assert command(monkeypatch, photographs(tmp_path / "in", 2), out, *sides) == 0
-    loaded = data.folder(out)
-    assert (loaded.train.size, loaded.train.paths.root) == (224, out / "160/train")
+    loaded = data.load(str(out))
+    assert (loaded.train.size, loaded.train.root) == (224, out / "160/train")
     for size, side in ((32, 60), (50, 60), (51, 96), (80, 96), (81, 160), (133, 160), (134, 160), (288, 160)):
-        for source, part in zip(
-            loaded.at(size=size, min_scale=1, rectangular=False)[:2], ("train", "val"), strict=True
-        ):
-            assert source.paths.root == out / str(side) / part
+        smaller = loaded.at(size=size, min_scale=1, rectangular=False)
+        assert (smaller.train.root, smaller.test.root) == (out / str(side) / "train", out / str(side) / "val")
 
 
 def test_copies_must_list_the_same_images(tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert command(monkeypatch, photographs(tmp_path / "in"), out) == 0
     (out / "160/train/c1/n1.v.jpg").unlink()
-    with pytest.raises(data.DataError, match=r"160/train/c1/n1\.v\.jpg: not there, unlike another copy"):
-        data.folder(out)
+    with pytest.raises(data.DataError, match=r"c1/n1\.v\.jpg: is in only one of .*/352/train and .*/160/train"):
+        data.load(str(out))
     shutil.copy(out / "352/train/c1/n1.v.jpg", out / "160/train/c1/n1.v.jpg")
     (out / "352/val/c0/n0.v.jpg").unlink()
-    with pytest.raises(data.DataError, match=r"352/val/c0/n0\.v\.jpg: not there"):
-        data.folder(out, subset=2)
+    with pytest.raises(data.DataError, match=r"c0/n0\.v\.jpg: is in only one of .*/352/val and .*/160/val"):
+        data.load(str(out), subset=2)
+    shutil.rmtree(out / "160/val")
+    with pytest.raises(data.DataError, match=r"160/val: cannot be read \(No such file"):
+        data.load(str(out))
 
 
 def test_unreadable_originals_are_named_and_left_out(tmp_path, monkeypatch, capsys):
@@ -649,7 +663,7 @@ def test_unreadable_originals_are_named_and_left_out(tmp_path, monkeypatch, caps
     ]
     assert "10 images" in said.out
     assert "2 unreadable" in said.out
-    loaded = data.folder(out)
+    loaded = data.load(str(out))
     assert (len(loaded.train), len(loaded.test)) == (5, 5)
 
 
@@ -668,7 +682,7 @@ def test_copies_of_every_kind_of_image_are_rgb_jpeg(tmp_path, monkeypatch):
     for path in out.rglob("*.jpg"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (100, 100))
-    before, after = (data.folder(root).at(size=32, min_scale=1, rectangular=False).test for root in (originals, out))
+    before, after = (data.load(str(root)).at(size=32, min_scale=1, rectangular=False).test for root in (originals, out))
     for x, x2 in zip(*(data.fetch(source, np.arange(12), CPU) for source in (before, after)), strict=True):
         assert (x.float() - x2).abs().mean() < 0.03
 
@@ -682,36 +696,35 @@ def wait_for(condition):
 
 def test_killed_and_stopped_copying_goes_on(tmp_path, monkeypatch, capfd):
     """SIGKILL, then Ctrl-C, then to the end: every file is whole at all times, and at the end as if never stopped."""
-    originals, out = photographs(tmp_path / "in", 1, [(1600, 1200)]), tmp_path / "out"
-    for part in ("train", "val"):
-        for i in range(200):
-            os.link(originals / part / "c0/n0.v.JPEG", originals / part / f"c0/link{i}.JPEG")
+    originals, out = photographs(tmp_path / "in"), tmp_path / "out"
+    assert command(monkeypatch, originals, tmp_path / "at once", "--short-side", "160") == 0
+    waiting = originals / "val/c1/n2.v.JPEG"  # nobody writes into this pipe: whoever opens it waits
+    waiting.rename(tmp_path / "held back")
+    os.mkfifo(waiting)
+    first = out / "160/train/c0/n0.v.jpg"
     for signum in (signal.SIGKILL, signal.SIGINT):
-        before = len(list(out.rglob("*.jpg")))
+        first.unlink(missing_ok=True)
         arguments = [sys.executable, Path(data.__file__), originals, out, "--short-side", "160"]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        if hasattr(os, "sched_setaffinity"):  # with many cores it would be done before it can be stopped
-            how["preexec_fn"] = lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
         with subprocess.Popen(arguments, **how) as process:
-            wait_for(lambda: len(list(out.rglob("*.jpg"))) > before)  # noqa: B023
+            wait_for(first.exists)
             (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
             _, said = process.communicate(timeout=30)  # which ends when all its processes have
         assert said == ("data.py: stopped; the same command goes on from here\n" if signum == signal.SIGINT else "")
         assert process.returncode == (130 if signum == signal.SIGINT else -signum)
-        assert before < len(list(out.rglob("*.jpg"))) < 402
         for path in out.rglob("*.jpg"):
             Image.open(path).load()
         with pytest.raises(data.DataError, match=r"not complete; run python .*data\.py .* again"):
-            data.folder(out)
-    (out / "160/val/c0/.link7.jpg.123").write_bytes(b"half")
-    (out / "160/val/c0/link7.jpg").write_bytes(b"")  # a power cut
+            data.load(str(out))
+    waiting.unlink()
+    (tmp_path / "held back").rename(waiting)
+    (out / "160/val/c0/.n1.v.jpg.123").write_bytes(b"half")
+    (out / "160/val/c0/n1.v.jpg").write_bytes(b"")  # a power cut
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg") if path.stat().st_size}
     assert command(monkeypatch, originals, out, "--short-side", "160") == 0
+    assert first in done
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    files = tree(out)
-    assert len(files) == 404
-    assert len({content for name, content in files.items() if "/c0/" in name}) == 1
-    assert len(data.folder(out).train) == 202
+    assert tree(out) == tree(tmp_path / "at once")
 
 
 def in_itself(root):
@@ -755,7 +768,7 @@ def onto_a_file(root):
         (in_itself, "choose a folder outside of it"),
         (into_images, "holds images itself"),
         (too_small, "--short-side"),
-        (same_name, r"val/c0/n1.v.png: its copy, a .jpg, would not come after that of c0/n1.v.JPEG"),
+        (same_name, r"val/c0/n1.v.png: its copy, a .jpg, would not come after that of val/c0/n1.v.JPEG"),
         (onto_a_file, "cannot write there"),
     ],
 )
@@ -808,11 +821,412 @@ def test_test_images_of_copies_and_of_digits(tmp_path, monkeypatch):
     assert command(monkeypatch, photographs(tmp_path / "in"), out) == 0
     for where in ((str(out),), ("imagenet", out)):
         source, classes = data.load_test(*where)
-        assert (source.paths.root, classes) == (out / "352/val", ["c0", "c1"])
-        assert source.at(128).paths.root == out / "160/val"
+        assert (source.root, classes) == (out / "352/val", ["c0", "c1"])
+        assert source.at(128).root == out / "160/val"
     assert torch.equal(data.load_test("digits", tmp_path)[0].images, data.load("digits").test.images)
     with pytest.raises(data.DataError, match="unknown data set"):
-        data.load_test("mnist", tmp_path)
+        data.load_test("mnist")
+
+
+# --- names, places and classes ----------------------------------------------------------------------------
+
+
+def test_the_users_word_names_the_place_and_names_are_names(tmp_path, monkeypatch):
+    """One resolution for `load` and `load_test`; each folder here has a class of its own name."""
+
+    def where(name, data_dir=None):
+        loaded = data.load(name, data_dir)
+        assert data.load_test(name, data_dir)[1] == loaded.classes
+        return loaded.classes[0]
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("imagenet", "cifar10", "ds", "data", "other/ds"):
+        write_images(tmp_path / folder, 1, (8, 8), (folder.replace("/", "-"), "z"))
+    assert where("imagenet") == "data"
+    write_images(tmp_path / "data/imagenet", 1, (8, 8), ("data-imagenet", "z"))
+    assert where("imagenet") == "data-imagenet"
+    assert where("cifar10") == where("cifar10", "data") == "data"
+    assert where("imagenet", tmp_path / "other/ds") == where("ds", "other/ds") == "other-ds"
+    assert where("ds") == where("./ds") == where(str(tmp_path / "ds")) == "ds"
+    assert where("./imagenet") == "imagenet"
+    with pytest.raises(data.DataError, match=r"absent: no such folder"):
+        data.load("ds", "absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "data_dir", "message"),
+    [
+        ("mnist", None, "unknown data set 'mnist'; a data set is digits, cifar10, imagenet, or the path"),
+        ("/no/such/dir", None, "/no/such/dir: no such folder"),
+        ("imagenet", None, "data/imagenet and data: no folder train in it; .*; --data-dir names another place"),
+        ("imagenet", "/no/such/dir", "/no/such/dir: no folder train in it; .*; --data-dir names another place"),
+        (".", None, r"\.: no folder train in it; expected train/<class>/\*"),
+    ],
+)
+def test_absent_data_is_told_as_what_it_is(tmp_path, monkeypatch, name, data_dir, message):
+    monkeypatch.chdir(tmp_path)
+    for load in (data.load, data.load_test):
+        with pytest.raises(data.DataError, match=message) as error:
+            load(name, data_dir)
+        assert "\n" not in str(error.value)
+
+
+def test_the_place_of_a_run_is_the_one_it_was_trained_on(tmp_path, monkeypatch):
+    write_images(tmp_path / "here/ds", 1, (8, 8))
+    monkeypatch.chdir(tmp_path)
+    here, absolute = str(tmp_path / "here/data"), str(tmp_path / "here/ds")
+    for options, place in (
+        ({"dataset": "digits", "data_dir": None}, None),
+        ({"dataset": "imagenet"}, None),
+        ({"dataset": "imagenet", "data_dir": "/where/it/is"}, "/where/it/is"),
+        ({"dataset": absolute, "data_dir": None}, absolute),
+        ({"dataset": "ds", "data_dir": here}, absolute),  # as older runs have it, from another directory
+        ({"dataset": absolute, "data_dir": here}, absolute),
+        ({"dataset": "gone", "data_dir": here}, "gone"),
+    ):
+        assert data.stored_place(options) == (place and Path(place))
+
+
+def test_labels_follow_the_names_that_a_network_knows(tmp_path):
+    root = write_images(tmp_path, 2, classes=("cat", "dog"))
+    source, classes = data.load_test(str(root), classes=["ape", "dog", "cat"])
+    assert (classes, source.labels.tolist()) == (["ape", "dog", "cat"], [2, 2, 1, 1])
+    shutil.rmtree(root / "test/cat")
+    assert data.load_test(str(root), classes=["ape", "dog", "cat"])[0].labels.tolist() == [1, 1]
+    with pytest.raises(data.DataError, match=r"test/dog: no training images for this class; the classes are ape, cat"):
+        data.load_test(str(root), classes=["ape", "cat"])
+    digits = data.load("digits").test
+    source, _ = data.load_test("digits", classes=[str(9 - i) for i in range(10)])
+    assert torch.equal(source.labels, 9 - digits.labels)
+
+
+# --- folders as they are found ----------------------------------------------------------------------------
+
+FOUND = [
+    "a",
+    "b c",
+    "\u00e4.b",
+    "[x]",
+    "160",
+    "train",
+    "-",
+    "a.png",
+    "B.PNG",
+    "t.jpg.png",
+    "n.txt",
+    "\udcff.png",
+    "l\nf.png",
+]
+NAMES = st.sampled_from([*FOUND, ".ipynb_checkpoints", ".DS_Store", "._a.png", "..png"])
+TREES = st.dictionaries(
+    NAMES, st.recursive(st.none(), lambda t: st.dictionaries(NAMES, t, max_size=4), max_leaves=8), max_size=4
+)
+
+
+def plant(root, tree, contents):
+    """Write a tree of folders (dictionaries) and files; each has another colour."""
+    root.mkdir(parents=True)
+    for name, below in tree.items():
+        if below is None:
+            (root / name).write_bytes(next(contents))
+        else:
+            plant(root / name, below, contents)
+
+
+def colours():
+    for value in range(256):
+        content = io.BytesIO()
+        Image.new("RGB", (3, 3), (value, 0, 0)).save(content, "PNG")
+        yield content.getvalue()
+
+
+def walked(root):
+    """The class folders and the images (class, colour) that a user means, by os.walk alone."""
+    classes = sorted(name for name in next(os.walk(root))[1] if name[0] != ".")
+    images = set()
+    for path, _, files in os.walk(root):
+        inside = Path(path).relative_to(root).parts
+        for name in files:
+            if (
+                inside
+                and not any(part[0] == "." for part in (*inside, name))
+                and name.lower().endswith(data.EXTENSIONS)
+            ):
+                images.add((inside[0], np.asarray(Image.open(Path(path) / name))[0, 0, 0]))
+    return classes, images
+
+
+@settings(max_examples=60)
+@given(TREES, TREES, st.sampled_from(["test", "val"]))
+def test_any_tree_of_files_is_read_with_its_own_labels_or_refused_in_one_line(train, test, held_out):
+    from torchvision.datasets import ImageFolder
+
+    with tempfile.TemporaryDirectory() as directory:
+        root, contents = Path(directory), colours()
+        plant(root / "train", train, contents)
+        plant(root / held_out, test, contents)
+        (classes, images), (test_classes, test_images) = walked(root / "train"), walked(root / held_out)
+        good = len(classes) > 1 and images and test_images and set(test_classes) <= set(classes)
+        if not good:
+            with pytest.raises(data.DataError) as error:
+                data.load(directory)
+            assert len(str(error.value).encode().splitlines()) == 1
+            return
+        loaded = data.load(directory)
+        for source, expected in ((loaded.train, images), (loaded.test, test_images)):
+            found = [(classes[label], red) for label, red in zip(source.labels, source.images[:, 0, 0, 0], strict=True)]
+            assert len(found) == len(expected)
+            assert {(name, int(red)) for name, red in found} == expected
+        assert loaded.classes == classes
+        assert all(len(note.encode().splitlines()) == 1 for note in loaded.notes)
+        empty = set(classes) - {name for name, _ in images}
+        assert any("class folders without images" in note for note in loaded.train.notes) == bool(empty)
+        if not any("/." in str(path.relative_to(root)) for path in root.rglob("*")):
+            theirs = ImageFolder(root / "train", allow_empty=True)
+            assert theirs.classes == classes
+            assert sorted(y for _, y in theirs.samples) == loaded.train.labels.tolist()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (100, 80)])
+def test_a_share_kept_for_testing_is_a_fixed_function_of_the_names(tmp_path, size):
+    root = write_images(tmp_path, 60, size, parts=("train",))
+
+    def names(split):
+        loaded = data.load(str(root), split=split)
+        source, classes = data.load_test(str(root), split=split)
+        assert (len(source), source.labels.tolist(), classes) == (
+            len(loaded.test),
+            loaded.test.labels.tolist(),
+            ["cat", "dog"],
+        )
+        assert (len(loaded.train) + len(loaded.test), loaded.short_side) == (len(list(root.rglob("*.png"))), size[1])
+        held = data.held_out({0: root}, split=split)
+        assert held.labels.tolist() == source.labels.tolist()
+        return set(held.names)
+
+    some, more = names(0.2), names(0.5)
+    assert some < more
+    assert 12 <= len(some) <= 36
+    for path in list(root.glob("train/*/?.png")):
+        path.unlink()
+    assert names(0.2) == {name for name in some if len(Path(name).name) > 5}
+    for split in (1e-9, 1.0):
+        with pytest.raises(data.DataError, match=r"train: --split .* leaves no image for t"):
+            data.load(str(root), split=split)
+    (root / "val/cat").mkdir(parents=True)
+    with pytest.raises(data.DataError, match=r"val: is there.* leave out --split"):
+        data.load(str(root), split=0.2)
+
+
+def test_imagenets_own_test_folder_is_no_test_part(tmp_path):
+    root = write_images(tmp_path, 2, parts=("train", "val"))
+    (root / "test").mkdir()
+    Image.new("RGB", (32, 32)).save(root / "test/ILSVRC2012_test_1.png")
+    loaded = data.load(str(root))
+    assert len(loaded.test) == 4
+    assert [note.split(": ")[1] for note in loaded.notes] == [
+        f"passed over, since it has no folders of the classes, unlike {root / 'val'}"
+    ]
+    shutil.rmtree(root / "train")
+    assert len(data.load_test(str(root))[0]) == 4
+    (root / "test/unknown").mkdir()
+    assert len(data.load_test(str(root), classes=["cat", "dog"])[0]) == 4
+
+
+def test_what_is_passed_over_is_said_and_links_end(tmp_path):
+    root = write_images(tmp_path, 1)
+    (root / "train/.ipynb_checkpoints").mkdir()
+    (root / "train/cat/._0.png").write_bytes(b"resource fork")
+    (root / "train/dog/notes.txt").write_text("mine")
+    (root / "train/eel").mkdir()
+    assert data.load(str(root)).notes == [
+        f"{root}/train: 3 passed over as no images of a class (.ipynb_checkpoints, cat/._0.png, dog/notes.txt); "
+        "1 class folders without images (eel)"
+    ]
+    (root / "test/cat/more").symlink_to(root / "train/dog")
+    assert data.load(str(root)).test.labels.tolist() == [0, 0, 1]
+    (root / "test/cat/round").symlink_to(root / "test")
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.load(str(root))
+
+
+# --- kinds of pixels --------------------------------------------------------------------------------------
+
+
+def tiff(values, bits, photometric):
+    """A grey TIFF of 8x8 pixels, little endian, as no writer here makes it: 12 or 16 bits, 0 black or (0) white."""
+    numbers = values.ravel().tolist()
+    if bits == 12:
+        content = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in zip(numbers[::2], numbers[1::2], strict=True))
+    else:
+        content = np.array(numbers, "<u2").tobytes()
+    fields = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 8, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, v) for tag, v in fields.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(content))
+    return head + content + struct.pack("<H", len(fields)) + entries + struct.pack("<I", 0)
+
+
+RAMP = np.arange(64).reshape(8, 8) * 4  # grey levels
+KINDS = {
+    "I;16.png": lambda path: Image.fromarray((RAMP * 257).astype(np.uint16)).save(path),
+    "I;16.tif": lambda path: Image.fromarray((RAMP * 257).astype(np.uint16)).save(path),
+    "I;16B.tif": lambda path: Image.fromarray((RAMP * 257).astype(">u2")).save(path),
+    "I.ppm": lambda path: Image.fromarray((RAMP * 257).astype(np.uint16)).save(path),
+    "12 bits.tif": lambda path: path.write_bytes(tiff((RAMP * 4095 / 255).round().astype(int), 12, 1)),
+    "0 is white.tif": lambda path: path.write_bytes(tiff((255 - RAMP) * 257, 16, 0)),
+    "L.bmp": lambda path: Image.fromarray(RAMP.astype(np.uint8)).save(path),
+    "LA.png": lambda path: Image.fromarray(RAMP.astype(np.uint8)).convert("LA").save(path),
+    "RGBA.png": lambda path: Image.fromarray(RAMP.astype(np.uint8)).convert("RGBA").save(path),
+    "P.png": lambda path: Image.fromarray(RAMP.astype(np.uint8)).convert("P").save(path),
+    "CMYK.jpg": lambda path: Image.fromarray(RAMP.astype(np.uint8)).convert("CMYK").save(path, quality=100),
+}
+REFUSED = {
+    "F.tif": lambda path: Image.fromarray((RAMP / 255).astype(np.float32)).save(path),
+    "I.tif": lambda path: Image.fromarray((RAMP * 70_000).astype(np.int32)).save(path),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pixels_has_its_grey_levels(tmp_path, kind, channels):
+    """In memory, from disk, and in copies."""
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "in" / part / name).mkdir(parents=True)
+            KINDS[kind](tmp_path / "in" / part / name / f"0{Path(kind).suffix}")
+    loaded = data.load(str(tmp_path / "in"), channels=channels)
+    assert (loaded.channels, loaded.small) == (channels, True)
+    tolerance = 3 if "CMYK" in kind else 0.51  # lossy
+    assert np.abs(loaded.test.images.numpy() - RAMP.astype(float)).max() <= tolerance
+    pairs = data.plan_copies(tmp_path / "in", tmp_path / "out", [8])
+    how = {"root": tmp_path / "in", "out": tmp_path / "out", "sides": [8], "quality": 95}
+    assert [data.shrink(*pair, **how) for pair in pairs] == [None] * 4
+    (tmp_path / "out/unfinished").unlink()
+    source, _ = data.load_test(str(tmp_path / "out"), channels=channels)
+    pixels = source.at(8).batch(np.arange(2), seed=0, epoch=0)[0]
+    assert pixels.shape == (2, 8, 8, channels)
+    middle = np.asarray(
+        data.crop(Image.fromarray(RAMP.astype(np.uint8)), data.centre_box(8, 8), (8, 8), 1), dtype=float
+    )
+    assert np.abs(pixels - middle[None, :, :, None]).max() <= tolerance + 1
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_pixels_without_a_defined_range_are_refused_in_one_line(tmp_path, kind):
+    write_images(tmp_path, 1, (8, 8))
+    REFUSED[kind](tmp_path / "test/cat/0.tif")
+    with pytest.raises(
+        data.DataError, match=r"test/cat/0\.tif: not a readable image \(the numbers .* store 8 or 16"
+    ) as error:
+        data.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert "no defined range" in data.shrink("test/cat/0.tif", "0.jpg", tmp_path, tmp_path / "out", [4], 90)
+
+
+def test_copies_scale_16_bits(tmp_path, monkeypatch):
+    deep = (np.mgrid[:120, :160][1] * 400).astype(np.uint16)
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "in" / part / name).mkdir(parents=True)
+            Image.fromarray(deep).save(tmp_path / "in" / part / name / "0.png")
+    assert command(monkeypatch, tmp_path / "in", tmp_path / "out", "--short-side", "60") == 0
+    copy = np.asarray(Image.open(tmp_path / "out/60/test/b/0.jpg"), dtype=float)
+    assert np.abs(copy[:, 1:-1].mean(2) - deep[::2, 2:-2].reshape(60, 78, 2).mean(2) / 257).max() < 3
+
+
+# --- processes that read ----------------------------------------------------------------------------------
+
+
+def test_results_of_processes_come_in_order_and_errors_whole():
+    items = [(i,) for i in range(7)]
+    assert list(data.in_processes(str, items, 3, "")) == list("0123456")
+    found = data.in_processes(int, [("1",), ("x",)], 2, "")
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="invalid literal") as error:
+        next(found)
+    assert "Traceback" in error.value.__notes__[0]
+    with pytest.raises(runs.Failure, match="absent: No such file"):  # an OSError is one line
+        list(data.in_processes(os.stat, [("absent",)], 1, ""))
+    assert multiprocessing.active_children() == []
+
+
+def test_processes_that_read_leave_signals_to_the_main_one():
+    signals = [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,)]
+    assert list(data.in_processes(lambda signum: os.kill(os.getpid(), signum), signals, 1, "")) == [None] * 3
+
+
+def test_a_process_that_cannot_start_or_has_no_memory_is_one_line(monkeypatch):
+    def greedy():
+        raise MemoryError
+
+    with pytest.raises(runs.Failure, match=r"is lost \(out of memory\?\); advice"):
+        list(data.in_processes(greedy, [()], 1, "advice"))
+
+    def full(method):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(multiprocessing.context.BaseContext, "Pipe", full)
+    with pytest.raises(runs.Failure, match=r"is lost \(Too many open files\); advice"):
+        list(data.in_processes(str, [(1,)], 1, "advice"))
+
+
+def with_a_pipe(root):
+    """Twelve training images, of which one, the last to be shown, is a pipe that nobody writes into."""
+    source = damaged(root, []).train
+    path = source.path(int(data.order(12, seed=1, epoch=2)[-1]))
+    path.unlink()
+    os.mkfifo(path)
+    return source
+
+
+def test_waiting_for_data_can_be_stopped(tmp_path):
+    asked = []
+    how = {"batch_size": 4, "workers": 2, "stop": lambda: asked.append(1) or len(asked) == 2}
+    assert len(batches(with_a_pipe(tmp_path), **how)) == 2
+    assert len(asked) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_is_killed_is_one_line(tmp_path):
+    def kill():
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(runs.Failure, match=r"is lost \(out of memory\?\); try fewer --workers") as error:
+        batches(with_a_pipe(tmp_path), batch_size=4, workers=1, stop=kill)
+    assert error.value.code == 1
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_is_killed_in_the_middle_of_its_answer_is_one_line():
+    def answer(size):
+        if size:  # more than the pipe holds, so that the process waits until it is read
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return np.zeros(size, dtype=np.uint8)
+
+    found = data.in_processes(answer, [(0,), (10**7,)], 1, "advice")
+    next(found)
+    wait_for(lambda: not multiprocessing.active_children())
+    with pytest.raises(runs.Failure, match=r"is lost \(out of memory\?\); advice"):
+        next(found)
+
+
+def test_batches_need_no_shared_memory_and_no_process_outlives_the_main_one(tmp_path):
+    """Of which a container has 64 MB by default; here 64 kB, and eight batches of 300 kB each."""
+    write_images(tmp_path, 8, size=(100, 80))
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import data; train = data.load(sys.argv[2]).train; "
+        "how = dict(batch_size=2, seed=0, epoch=0, device=torch.device('cpu')); "
+        "print(all(torch.equal(x, x2) for (x, _), (x2, _) in zip(data.training_batches(train, **how), "
+        "data.training_batches(train, workers=4, **how), strict=True))); "
+        "held = data.training_batches(train, workers=2, **how); next(held)"
+    )
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm && touch /dev/shm/mine"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace")
+    run = ["unshare", "-rm", "sh", "-c", small + ' && exec "$@"', "sh", sys.executable, "-c", code]
+    done = subprocess.run([*run, Path(data.__file__).parent, tmp_path], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 # --- errors name what and where, in one line --------------------------------------------------------------
@@ -875,9 +1289,3 @@ def test_a_broken_large_image_is_named_from_any_process(tmp_path, workers):
     with pytest.raises(data.DataError, match=r"train/dog/3\.png: not a readable image") as error:
         batches(loaded.train, batch_size=12, workers=workers)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("name", "message"), [("mnist", "unknown data set 'mnist'"), ("imagenet", "no folder train")])
-def test_unknown_and_absent_data_sets_are_refused(tmp_path, name, message):
-    with pytest.raises(data.DataError, match=message):
-        data.load(name, tmp_path)
