@@ -6,8 +6,8 @@ For an image x of class c the attacks look for
 
 where m(x) = (k-th largest logit among the other classes) - (logit of c) is the margin, positive iff c is not
 among the top k.  Whatever they find is an UPPER bound of the true distance, and nothing more: a weak attack
-makes a weak network look robust.  So every attack keeps its best iterate, every output is tested again by
-`smallest`, and an image that nothing broke has distance inf, never a missing value.
+makes a weak network look robust.  So every attack keeps its best iterate, runs it again in other company, and
+an image that nothing broke has distance inf, never a missing value.
 
     pgd              Madry et al. (2018): in a ball of radius eps, and the smallest eps by bisection
     carlini_wagner   Carlini & Wagner (2017): the constraint as a penalty, its weight by binary search
@@ -18,15 +18,20 @@ makes a weak network look robust.  So every attack keeps its best iterate, every
 One idea carries fab, logbarrier and the refinement after every attack.  Where m is linearised, (1) can be
 solved exactly, box included, in both norms (`nearest`): one gradient buys a whole step along the boundary.
 
-One convention: every attack returns images like `images`.  A row that is unchanged is an image that was
-misclassified to begin with, or one that the attack could not break; `smallest` tells them apart (0 and inf).
-Randomness is drawn in the shape of one image and serves the whole batch, so that the result of an image does
-not depend on its neighbours: a data set may be attacked in batches of any size, each with a generator of the
-same seed.  Images that are done take part in no further pass.
+All are called attack(model, images, labels, *, norm, topk=1, start=None, generator=None), with options of their
+own, and return images like `images`, no farther than `start` (adversarial images) where that is given.  A row that
+is unchanged is an image that was misclassified to begin with, or one that the attack could not break; `smallest`
+tells them apart (0 and inf).  ValueError, in one line, for what no attack can work with (`_Best`).  Randomness is
+drawn in the shape of one image and serves the whole batch, so that the result of an image does not depend on its
+neighbours: a data set may be attacked in batches of any size, each with a generator of the same seed.  Images that
+are done take part in no further pass.
 
 A `call` is one image through one forward pass, or through one backward pass.  Left out: targeted attacks, l1.
 """
 
+import copy
+import functools
+import inspect
 import itertools
 import math
 import warnings
@@ -56,9 +61,8 @@ class Smallest(NamedTuple):
 
 def margin(logits: Tensor, labels: Tensor, topk: int = 1) -> Tensor:
     """The k-th largest logit of another class, minus the label's (N,): positive iff not in the top k."""
-    label = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return (others.topk(topk, dim=1).values[:, -1:] - label)[:, 0]
+    label, rival = _compared(logits, labels, topk)
+    return rival - label
 
 
 def distance(images: Tensor, adversarial: Tensor, norm: Norm) -> Tensor:
@@ -70,143 +74,124 @@ def distance(images: Tensor, adversarial: Tensor, norm: Norm) -> Tensor:
 
 
 def smallest(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    attacks: Sequence[str] = SUITE,
-    topk: int = 1,
-    budget: float = math.inf,
-    patience: int = 2,
-    check: bool = True,
-    generator: Generator | None = None,
-) -> Smallest:
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, attacks: Sequence[str] = SUITE, topk: int = 1,
+    budget: float = math.inf, patience: int = 2, check: bool = True, generator: Generator | None = None,
+) -> Smallest:  # fmt: skip
     """The nearest misclassified image that any of `attacks` finds: an upper bound of the distance of (1).
 
     distances are 0 for images that are misclassified as they are (attack "clean") and inf for images that no
-    attack broke (attack "none", the image unchanged).  Every adversarial image is tested again at the end.
+    attack broke (attack "none", the image unchanged).  Every adversarial image is run again at the end, in other
+    company, and moved outwards until it errs each time (`_Best.settle`): so a network that is slightly random, or that
+    rounds coarsely, gets a distance at which it errs reliably.
 
-    Attacks run in the order given, and the result of each is refined along the boundary.  An image is left
-    alone once `patience` attacks in a row did not bring it nearer by 0.1 %, but never while its distance is
-    inf.  So three attacks of the default suite always run: by projection, in a ball, without gradients.
-    budget is the largest number of calls (mean per image): the suite ends before the first attack that might
-    exceed it (8 are used if none is run).  `calls` holds what was used, by name; an attack that was not run is
-    not in it.
+    First comes the short form of each attack that has one (`_FORMS`), in the order given, then each in full.  What an
+    attack finds is refined along the boundary, by gradients, unless `boundary` alone was asked for.  An image is left
+    to the first attack once `patience` of the others in a row did not bring it nearer by 0.1 %, but never while its
+    distance is inf.  So by default every image is looked at by projection, in a ball and without gradients, and where
+    these disagree all have their turn.
 
-    check=True runs `check_model` first, and raises what it raises.
+    budget, at least 10: the most calls for each image, which no other image can use, without those of the check (5,
+    and 1 in all); an image that does not hold at the end may cost up to 150 more.  fab spends what there is, down to
+    its first steps; any other attack begins where it can end.  An image stops at the first thing that it cannot
+    afford, so a larger budget is the same search, longer: it gives no larger distance, up to rounding.  In some 400
+    calls are all the short forms.  `calls` holds what was used, by name; an attack that was not run is not in it.
+
+    check=True does what `check_model` does first, and raises what it raises.
     """
-    counted = _Counted(model)
+    if isinstance(attacks, str) or not attacks or not set(attacks) <= set(SUITE):
+        raise ValueError(f"attacks must be a list out of {', '.join(SUITE)}, not {attacks!r}")
+    if not (budget >= 10 and patience > 0):
+        raise ValueError(f"budget must be at least 10 and patience positive, not {budget} and {patience}")
+    gradients, best = set(attacks) != {"boundary"}, _Best(model, images, labels, norm, topk)
     if check:
-        check_model(counted, images, labels, topk=topk, gradients=set(attacks) != {"boundary"})
-    best = _Best(counted, images, labels, norm, topk)
-    names = ["clean" if d == 0 else "none" for d in best.distances.tolist()]
-    calls = {"check": counted.take(len(images))}
-    idle = torch.zeros_like(labels)  # attacks in a row without gain
-    for name in attacks:
-        attack, *most = _ATTACKS[name]
-        rows = best.todo()
-        rows = rows[idle[rows] < patience]
-        left = budget - sum(calls.values()) - 1  # one call for the last test
-        if (most[topk > 1] + topk - 1) * len(rows) / len(images) > left:
-            break
+        _check(best, gradients)
+    calls = {"check": best.network.take(len(images))}
+    idle, by = torch.zeros_like(labels), torch.zeros_like(labels)  # attacks in a row without gain; who found it
+    best.left[:] = budget - 1 - _RUNS
+    forms = [(name, _FORMS[name][0]) for name in attacks if len(_FORMS[name]) > 1]
+    forms += [(name, _FORMS[name][-1]) for name in attacks]
+    for name, (search, most) in forms:
+        random, rows = _child(generator), best.todo()
+        rows = rows if name == attacks[0] else rows[idle[rows] < patience]
+        rows = rows[best.affords(rows, most + topk - 1)]
         if len(rows) == 0:
             continue
-        known = best.distances[rows]
-        _run(attack, counted, best, rows, topk, _child(generator))
-        calls[name] = counted.take(len(images))
-        now = best.distances[rows]
-        nearer = now < known * (1 - TOLERANCE)
-        idle[rows] = torch.where(nearer | now.isinf(), 0, idle[rows] + 1)
-        for row in rows[nearer].tolist():
-            names[row] = name
-    _retest(counted, best, topk)
-    calls["retest"] = counted.take(len(images))
+        known, part = best.distances[rows], best.part(rows, keep=name not in ("logbarrier", "carlini_wagner"))
+        search(part, generator=random)
+        if gradients and name != "fab":
+            _follow(part, part.adversarial, None, 20, weight=0.5)
+        best.update(rows, part.adversarial, part.distances.isfinite())
+        calls[name] = calls.get(name, 0) + best.network.take(len(images))
+        nearer = best.distances[rows] < known * (1 - TOLERANCE)
+        if name != attacks[0]:
+            idle[rows] = torch.where(nearer | best.distances[rows].isinf(), 0, idle[rows] + 1)
+        by[rows[nearer]] = attacks.index(name)
+    best.settle()
+    calls["retest"] = best.network.take(len(images))
+    pairs = zip(best.distances.tolist(), by.tolist(), strict=True)
+    names = ["clean" if d == 0 else "none" if d == math.inf else attacks[k] for d, k in pairs]
     return Smallest(best.adversarial, best.distances, names, calls)
 
 
 def check_model(
-    model: Model, images: Tensor, labels: Tensor, *, topk: int = 1, gradients: bool = True, rtol: float = 1e-2
+    model: Model, images: Tensor, labels: Tensor, *, topk: int = 1, gradients: bool = True, rtol: float = 0.05
 ) -> None:
     """Raise ValueError, saying why, where a distance measured on this model would mean nothing.
 
-    Refused: a module in training mode; images that are not floating point, not finite or outside [0, 1]; labels
-    that are not int64 of shape (N,) or out of range; logits of another shape than (N, classes > topk), not
-    finite, different from one call to the next, or different (by more than rtol of the largest) in another
-    batch; with gradients=True, margins whose gradient is exactly zero on every image, as where outputs saturate
-    or gradients are cut.  Warns where that is so for more than 1 % of the images.  Costs 5 calls an image, and one.
+    Refused: a module in training mode (it is named); images that are not float32 or float64, not finite or
+    outside [0, 1]; labels that are not int64 of shape (N,) or out of range; outputs that are not logits (N,
+    classes > topk), or NaN or inf (-inf is a class that cannot win); margins that differ from one call to the
+    next, or in another batch, by more than rounding and rtol of their median; with gradients=True, margins through
+    which no gradient comes, or whose gradient is exactly zero on every image, as where outputs saturate.  Warns
+    where that is so for more than 1 % of the images.  Costs 5 calls an image, and one.
     """
-    _check_data(model, images, labels)
-    with torch.no_grad():
-        logits = model(images)
-        _check_logits(logits, images, labels, topk)
-        again, flipped, alone = model(images), model(images.flip(0)).flip(0), model(images[:1])
-    scale = rtol * logits.abs().max()
-    if (again - logits).abs().max() > scale:
-        raise ValueError("the model is random: two calls on the same images differ")
-    if (flipped - logits).abs().max() > scale or (alone - logits[:1]).abs().max() > scale:
-        raise ValueError("outputs depend on the rest of the batch: the images of a batch must not interact")
+    _check(_Best(model, images, labels, "l2", topk), gradients, rtol)
+
+
+def _check(best: "_Best", gradients: bool, rtol: float = 0.05) -> None:
+    every = torch.arange(len(best.labels), device=best.labels.device)
+    margins, slack = best._judge(best.logits, every)
+    allowed = rtol * margins.abs().median() + 16 * slack  # of margins: an offset, or a class far below, hides nothing
+    interact = "outputs depend on the rest of the batch: the images of a batch must not interact"
+    for rows, fault in ((every, "the model is random: two calls on the same images differ"),
+                        (every.flip(0), interact), (every[:1], interact)):  # fmt: skip
+        if ((best.margins(rows, best.images[rows]) - margins[rows]).abs() > allowed[rows]).any():
+            raise ValueError(fault)
     if gradients:
-        _, grad = _ascent(model, images, labels, topk)
+        _, grad, _ = best.aim(every, best.images)
         zero = (grad.flatten(1) == 0).all(dim=1).double().mean().item()
         message = f"gradients are exactly zero on {zero:.1%} of the images: attacks that use them are blind"
         if zero == 1:
-            raise ValueError(message)
+            raise ValueError(f"{message}; {_BY_DECISIONS}")
         if zero > 0.01:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
 
 
-def _run(attack, model, best, rows, topk, generator) -> None:
-    """One attack on the images `rows`, its outputs tested and refined; `best` takes what is nearer."""
-    x, y, norm = best.images[rows], best.labels[rows], best.norm
-    known = {"start": best.adversarial[rows]} if attack in (pgd, boundary) else {}
-    found = attack(model, x, y, norm=norm, topk=topk, generator=generator, **known)
-    if attack is not fab:
-        found = refine(model, x, y, found, norm=norm, topk=topk)
-    best.update(rows, found, _margins(model, found, y, topk))
+# --- attacks: each a search that `_attack` makes public -----------------------------------------------------------
 
 
-def _retest(model, best, topk) -> None:
-    """Run every adversarial image again, in other company; one that does not hold is not counted as found."""
-    with torch.no_grad():
-        wrong = margin(model(best.adversarial.flip(0)).flip(0), best.labels, topk) > 0
-    lost = ~wrong & best.distances.isfinite()
-    if lost.any():
-        warnings.warn(f"{int(lost.sum())} adversarial images did not hold when run again", stacklevel=3)
-    best.distances[lost] = torch.inf
-    best.adversarial[lost] = best.images[lost]
+def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
+    """search(best, *, generator, ...) as an attack: the checks before it, the images run again after it."""
+
+    @functools.wraps(search, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def attack(
+        model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, start: Tensor | None = None,
+        generator: Generator | None = None, **options,
+    ) -> Tensor:  # fmt: skip
+        best = _Best(model, images, labels, norm, topk, start)
+        search(best, generator=generator, **options)
+        best.settle()
+        return best.adversarial
+
+    *common, _ = inspect.signature(attack, follow_wrapped=False).parameters.values()
+    _, _, *own = inspect.signature(search).parameters.values()
+    attack.__signature__ = inspect.Signature([*common, *own], return_annotation=Tensor)
+    attack.search = search
+    return attack
 
 
-def _check_data(model, images: Tensor, labels: Tensor) -> None:
-    if any(module.training for module in getattr(model, "modules", tuple)()):
-        raise ValueError("the model is in training mode: call model.eval()")
-    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError("images must be floating point, finite and in [0, 1]; normalise inside the model")
-    if labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
-        raise ValueError(f"labels must be int64, one per image, at least one; not {tuple(labels.shape)}")
-
-
-def _check_logits(logits: Tensor, images: Tensor, labels: Tensor, topk: int) -> None:
-    if logits.ndim != 2 or len(logits) != len(images) or not 1 <= topk < logits.shape[1]:
-        raise ValueError(f"logits must be (images, classes > topk), not {tuple(logits.shape)} with topk={topk}")
-    if not logits.isfinite().all():
-        raise ValueError("the model's outputs are not finite")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must be in 0 .. {logits.shape[1] - 1}, the model's classes")
-
-
-def fab(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    steps: int | None = None,
-    targets: int | None = None,
-    restarts: int = 6,
-    generator: Generator | None = None,
-) -> Tensor:
+@_attack
+def fab(best, *, generator, steps: int | None = None, targets: int | None = None, restarts: int = 6) -> None:
     """Smallest distances by projections onto the linearised boundary, class by class.
 
     After FAB (Croce & Hein 2020).  Each step moves to a mix of two points of the linearised boundary: the one
@@ -216,37 +201,21 @@ def fab(
     for an image where the linearised boundary is as far as the best found: nothing to gain, to first order.
     By default 80 steps and 9 targets; with topk > 1, where a round aimed at a fixed set of classes finds next
     to nothing that the first did not, 240 and none.
-
-    Where it differs from FAB: the weight of the image falls from 1 to 0 in place of being capped at 0.1, how far
-    a step overshoots adapts to each image, and a step costs 2 calls, not 2 forward and (classes - 1) backward.
     """
-    best = _Best(model, images, labels, norm, topk)
-    steps = (80 if topk == 1 else 240) if steps is None else steps
-    targets = (9 if topk == 1 else 0) if targets is None else targets
-    _follow(model, best, images, None, topk, steps)
-    for goal in _goals(model, best, topk, targets):
-        _follow(model, best, images, goal, topk, steps)
+    steps = (80 if best.topk == 1 else 240) if steps is None else steps
+    targets = (9 if best.topk == 1 else 0) if targets is None else targets
+    _follow(best, best.images, None, steps)
+    for goal in _goals(best, targets):
+        _follow(best, best.images, goal, steps)
     for _ in range(restarts):
         radius = best.distances.where(best.distances.isfinite(), 0)
-        around = project(_random_start(images, radius, norm, generator), images, radius, norm)
-        _follow(model, best, around, None, topk, steps)
-    return best.adversarial
+        _follow(best, _random_start(best.images, radius, best.norm, generator), None, steps)
 
 
-def refine(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    start: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    steps: int = 20,
-) -> Tensor:
+@_attack
+def refine(best, *, generator, steps: int = 20) -> None:
     """`start`, or a nearer adversarial image found from there along the boundary; at most 2 * steps + 2 calls."""
-    best = _Best(model, images, labels, norm, topk, start)
-    _follow(model, best, best.adversarial, None, topk, steps, weight=0.5)
-    return best.adversarial
+    _follow(best, best.adversarial, None, steps, weight=0.5)
 
 
 def pgd(
@@ -255,15 +224,15 @@ def pgd(
     labels: Tensor,
     *,
     norm: Norm,
+    topk: int = 1,
+    start: Tensor | None = None,
+    generator: Generator | None = None,
     eps: float | Tensor | None = None,
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
     targets: int = 1,
-    topk: int = 1,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    start: Tensor | None = None,
-    generator: Generator | None = None,
 ) -> Tensor:
     """Projected gradient ascent in the ball of radius eps from uniform random starts (Madry et al. 2018).
 
@@ -283,183 +252,139 @@ def pgd(
     eps and step_size are in units of images; eps may be one radius per image (N,).  The default step falls
     linearly from eps to eps / steps.
     """
-    if loss is not None and (eps is None or restarts != 1):
+    if loss is None:
+        how = {"norm": norm, "topk": topk, "start": start, "generator": generator, "eps": eps, "steps": steps}
+        return _pgd(model, images, labels, **how, step_size=step_size, restarts=restarts, targets=targets)
+    if eps is None or restarts != 1:
         raise ValueError("with a loss the last iterate is returned, untested: give eps, and restarts=1")
-    walk = {"norm": norm, "steps": steps, "step_size": step_size, "generator": generator}
-    if loss is not None:
-        return _climb(model, images, labels, _radius(eps, images), loss, start, **walk)
-    best = _Best(model, images, labels, norm, topk, start)
-    runs = [None, *_goals(model, best, topk, targets)] * restarts
-    if eps is None:
-        _bisect(model, best, runs, topk, walk)
-    else:
-        _break(model, best, best.todo(), _radius(eps, images), runs, topk, walk)
-    return best.adversarial
-
-
-def _radius(eps: float | Tensor, images: Tensor) -> Tensor:
-    return torch.as_tensor(eps, dtype=torch.float64, device=images.device).expand(len(images))
-
-
-def _climb(model, images, labels, radius, loss, start, *, norm, steps, step_size, generator) -> Tensor:
-    start = _random_start(images, radius, norm, generator) if start is None else start
-    x = project(start, images, radius, norm)
+    _check_images(images)
+    images, radius = images.detach(), _radius(eps, images, step_size)
+    x = _random_start(images, radius, norm, generator) if start is None else project(start, images, radius, norm)
     for step in range(steps):
-        _, grad = input_gradient(lambda z: loss(model(z), labels), x)
-        x = _step_in_ball(x, grad, images, radius, norm, _rate(radius, step_size, step, steps))
+        _, grad = input_gradient(lambda z: loss(model(z.clone()), labels), x)
+        x = _step_in_ball(x, grad, images, radius, norm, step_size, step / steps)
     return x
 
 
-def _break(model, best, rows, radius, runs, topk, walk) -> Tensor:
+@_attack
+def _pgd(best, *, generator, eps=None, steps=20, step_size=None, restarts=1, targets=1) -> None:
+    runs = [None, *_goals(best, targets)] * restarts
+    if eps is None:
+        _bisect(best, runs, steps, step_size, generator)
+    else:
+        best.limit = _radius(eps, best.images, step_size)
+        _break(best, best.todo(), best.limit, runs, steps, step_size, generator)
+
+
+def _radius(eps: float | Tensor, images: Tensor, step_size: float | None) -> Tensor:
+    """Checked, one for each image, and no longer than the diagonal of [0, 1]^n, beyond which there is nothing."""
+    if isinstance(eps, str):
+        raise ValueError(f"eps must be a number, or a tensor of one for each image, not {eps!r}")
+    radius = torch.as_tensor(eps, dtype=torch.float64, device=images.device)
+    if radius.shape not in ((), images.shape[:1]) or not (radius.isfinite() & (radius >= 0)).all():
+        given = " ".join(f"{eps}".split())
+        raise ValueError(f"eps must be finite and not negative, one or one for each image, not {given}")
+    if step_size is not None and not 0 <= step_size < math.inf:
+        raise ValueError(f"step_size must be finite and not negative, not {step_size}")
+    return radius.clamp_max(math.prod(images.shape[1:]) ** 0.5).expand(len(images))
+
+
+def _break(best, rows, radius, runs, steps, step_size, generator) -> Tensor:
     """Run after run (a goal each) on those images `rows` that are not broken; returns those that never are."""
     for goal in runs:
-        rows = _run_in_ball(model, best, rows, radius, goal, topk, **walk)
+        x = _random_start(best.images, radius, best.norm, generator)[rows]
+        for step in range(steps if len(rows) else 0):
+            _, grad, margins = best.aim(rows, x, goal)
+            x, grad, rows = (part[margins <= 0] for part in (x, grad, rows))
+            x = _step_in_ball(x, grad, best.images[rows], radius[rows], best.norm, step_size, step / steps)
+            if len(rows) == 0:
+                break
+        rows = rows[best.test(rows, x) <= 0]
     return rows
 
 
-def _run_in_ball(model, best, rows, radius, goal, topk, *, norm, steps, step_size, generator) -> Tensor:
-    x = project(_random_start(best.images, radius, norm, generator), best.images, radius, norm)[rows]
-    for step in range(steps):
-        if len(rows) == 0:
-            return rows
-        _, grad, margins = _aim(model, x, best.labels[rows], None if goal is None else goal[rows], topk)
-        best.update(rows, x, margins)
-        x, grad, rows = (part[margins <= 0] for part in (x, grad, rows))
-        rate = _rate(radius[rows], step_size, step, steps)
-        x = _step_in_ball(x, grad, best.images[rows], radius[rows], norm, rate)
-    margins = _margins(model, x, best.labels[rows], topk)
-    best.update(rows, x, margins)
-    return rows[margins <= 0]
-
-
-def _rate(radius: Tensor, step_size: float | None, step: int, steps: int) -> Tensor:
-    return radius * (1 - step / steps) if step_size is None else torch.full_like(radius, step_size)
-
-
-def _step_in_ball(x, grad, images, radius, norm, rate) -> Tensor:
+def _step_in_ball(x, grad, images, radius, norm, step_size: float | None, progress: float) -> Tensor:
+    rate = radius * (1 - progress) if step_size is None else torch.full_like(radius, step_size)
     return project(x + column(rate.to(x), x) * steepest(grad, norm), images, radius, norm)
 
 
 def _random_start(images: Tensor, radius: Tensor, norm: Norm, generator: Generator | None) -> Tensor:
     """One point drawn uniformly from the unit ball, scaled to each image's radius, on every image."""
-    return images + column(radius.to(images), images) * uniform_ball(images[:1], norm, generator)
+    around = images + column(radius.to(images), images) * uniform_ball(images[:1], norm, generator)
+    return project(around, images, radius, norm)
 
 
-def _bisect(model, best, runs, topk, walk, rounds: int = 10, tol: float = 5e-3) -> None:
+def _bisect(best, runs, steps, step_size, generator, rounds: int = 10, tol: float = 5e-3) -> None:
     """The smallest radius at which `runs` break an image: from the linearised boundary, or below what is known."""
-    eps = best.distances * (1 - tol)
-    unknown = best.distances.isinf()
-    if unknown.any():
-        margins, grad = _ascent(model, best.images[unknown], best.labels[unknown], topk)
-        eps[unknown] = 1.2 * (-margins / dual_norm(grad, best.norm)).double().nan_to_num(1, 1)
+    eps, unknown = best.distances * (1 - tol), best.distances.isinf().nonzero()[:, 0]
+    if len(unknown):
+        aimed, grad, _ = best.aim(unknown, best.images[unknown])
+        eps[unknown] = 1.2 * (-aimed / dual_norm(grad, best.norm)).double().nan_to_num(1, 1)
     low = torch.zeros_like(eps)
     for _ in range(rounds):
         rows = ((best.distances > low * (1 + tol)) & (best.distances > 0)).nonzero()[:, 0]
-        failed = _break(model, best, rows, eps, runs, topk, walk)
+        failed = _break(best, rows, _radius(eps, best.images, step_size), runs, steps, step_size, generator)
         low[failed] = eps[failed]
         between = torch.where(low > 0, (low * best.distances).sqrt(), best.distances * 0.9)
         eps = torch.where(best.distances.isinf(), eps * 2, between)
 
 
-def carlini_wagner(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    steps: int = 100,
-    rounds: int = 3,
-    targets: int = 1,
-    generator: Generator | None = None,
-) -> Tensor:
+@_attack
+def carlini_wagner(best, *, generator, steps: int = 100, rounds: int = 3, targets: int = 1) -> None:
     """Carlini & Wagner (2017): the misclassification constraint as a penalty, minimised by Adam.
 
     l2    ||delta||^2 + c max(-m, 0); each round is a step of the binary search on c
     linf  sum_i 2 |g_i| max(|delta_i| - tau, 0) + max(-m, 0); each round puts tau between the largest that
           failed (or 0.8 of the best) and the best found; g is the gradient of m
 
-    The weight 2 |g_i| is not the authors' (1 / c): with it the pull back to tau is as strong as the push beyond
-    it in every pixel, where otherwise pixels stop short of tau (on linear classifiers 4 to 6 % too far, now 1 %).
-    The box is kept by clipping, which the authors describe too, not by their change of variables tanh: that one
-    freezes pixels at exactly 0 or 1.  The first c, tau and the step size come from the distance of the
-    linearised boundary, so that they fit the scale of model and image.  All of it once for the margin, and once
-    for each of the `targets` classes nearest to first order, 2 * steps * rounds + rounds + 2 calls each.
-    Deterministic: generator is accepted so that all attacks are called alike.
+    The weight 2 |g_i| is not the authors' (1 / c), nor is their change of variables that keeps the box: here it is
+    clipped.  Deterministic.  All of it once for the margin, and once for each of the `targets` classes nearest to first
+    order, 2 * steps * rounds + rounds + 2 calls each.
     """
-    best = _Best(model, images, labels, norm, topk)
     rows = best.todo()
-    goals = [None, *_goals(model, best, topk, targets)]
-    for goal in goals if len(rows) else ():
-        goal = None if goal is None else goal[rows]
-        aimed, grad, _ = _aim(model, images[rows], labels[rows], goal, topk)
-        tiny = torch.finfo(images.dtype).tiny
-        slope, largest = dual_norm(grad, norm).clamp_min(tiny), dual_norm(grad, "l1")
-        reach = (-aimed / slope).clamp(0, images[0].numel() ** 0.5)  # distance of the linearised boundary
-        if norm == "l2":
-            rate, c = 0.2 * reach * largest / slope, 3 * reach / slope
-            _search_weight(model, best, rows, goal, topk, steps, rounds, rate, c)
+    for goal in [None, *_goals(best, targets)] if len(rows) else ():
+        _search_weight(best, rows, goal, steps, rounds)
+
+
+def _search_weight(best: "_Best", rows: Tensor, goal: Tensor | None, steps: int, rounds: int) -> None:
+    """The search for c or tau, begun and scaled by the distance of the linearised boundary."""
+    aimed, grad, _ = best.aim(rows, best.images[rows], goal)
+    slope, largest = dual_norm(grad, best.norm).clamp_min(torch.finfo(grad.dtype).tiny), dual_norm(grad, "l1")
+    reach = (-aimed / slope).clamp(0, grad[0].numel() ** 0.5)
+    c, tau, low, high = 3 * reach / slope, reach, torch.zeros_like(reach), torch.full_like(reach, torch.inf)
+    for _ in range(rounds):
+        if best.norm == "l2":
+            reached = _minimise(best, rows, goal, steps, 0.2 * reach * largest / slope, c)
+            low, high = low.where(reached, c), c.where(reached, high)
+            c = torch.where(high.isinf(), c * 4, (low + high) / 2)
         else:
-            _search_tau(model, best, rows, goal, topk, steps, rounds, reach)
-    return best.adversarial
+            _minimise(best, rows, goal, steps, 0.2 * tau, tau)
+            known = best.distances[rows].to(tau)
+            low = tau.where(known > 1.01 * tau, low)
+            tau = torch.where(known.isinf(), 1.5 * tau, (low.maximum(0.8 * known) * known).sqrt())
 
 
-def _search_weight(model, best, rows, goal, topk, steps, rounds, rate, c) -> None:
-    low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
-    for _ in range(rounds):
-
-        def descent(delta, grad, wrong, c=c):
-            return 2 * delta - column(c * ~wrong, grad) * grad
-
-        reached = _minimise(model, best, rows, goal, topk, steps, rate, descent)
-        low, high = low.where(reached, c), c.where(reached, high)
-        c = torch.where(high.isinf(), c * 4, (low + high) / 2)
-
-
-def _search_tau(model, best, rows, goal, topk, steps, rounds, tau) -> None:
-    low = torch.zeros_like(tau)
-    for _ in range(rounds):
-
-        def descent(delta, grad, wrong, tau=tau):
-            outside = delta.abs() > column(tau, delta)
-            return 2 * grad.abs() * delta.sign() * outside - column(~wrong, grad) * grad
-
-        _minimise(model, best, rows, goal, topk, steps, 0.2 * tau, descent)
-        known = best.distances[rows].to(tau)
-        low = tau.where(known > 1.01 * tau, low)
-        tau = torch.where(known.isinf(), 1.5 * tau, (low.maximum(0.8 * known) * known).sqrt())
-
-
-def _minimise(model, best, rows, goal, topk, steps, rate, descent) -> Tensor:
-    """Adam from the images along descent(delta, grad of m, m > 0); True where it met an adversarial image."""
-    x0, z = best.images[rows], best.images[rows]
+def _minimise(best, rows, goal, steps, rate, weight) -> Tensor:
+    """Adam from the images on the objective of the norm, weight is its c or tau; True where it broke the image."""
+    x0, z, weight = best.images[rows], best.images[rows], column(weight, best.images)
     first, second = torch.zeros_like(z), torch.zeros_like(z)
     reached = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(steps):
-        _, grad, margins = _aim(model, z, best.labels[rows], goal, topk)
-        best.update(rows, z, margins)
+        _, grad, margins = best.aim(rows, z, goal)
         reached |= margins > 0
-        total = descent(z - x0, grad, margins > 0)
+        delta, push = z - x0, column(margins <= 0, z) * grad
+        if best.norm == "l2":
+            total = 2 * delta - weight * push
+        else:
+            total = 2 * grad.abs() * delta.sign() * (delta.abs() > weight) - push
         first, second = first.lerp(total, 0.1), second.lerp(total.square(), 0.001)
         adam = first / (1 - 0.9 ** (step + 1)) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-12)
         z = (z - column(rate * (1 - step / steps) ** 2, z) * adam).clamp(0, 1)
-    margins = _margins(model, z, best.labels[rows], topk)
-    best.update(rows, z, margins)
-    return reached | (margins > 0)
+    return reached | (best.test(rows, z) > 0)
 
 
-def boundary(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    calls: int = 450,
-    walks: int | None = None,
-    start: Tensor | None = None,
-    generator: Generator | None = None,
-) -> Tensor:
+@_attack
+def boundary(best, *, generator, calls: int = 450, walks: int | None = None) -> None:
     """A walk on the far side of the boundary, after Brendel et al. (2018): uses no gradient, only decisions.
 
     Their walk makes a random move along the boundary, then one towards the image, and keeps what is still
@@ -469,36 +394,29 @@ def boundary(
     HopSkipJump, Chen et al. 2020), by an angle found by bisection.  Then it goes to the point of that plane
     nearest to the image, exact in either norm, and from there towards the image, up to the boundary.
 
-    It begins from `start` (adversarial images) or, where there is none, from noise.  It begins in `walks` places
-    (rounded down to a power of two; without a start one for each 4 n calls, n values an image; fewer where calls
-    are few; all but the first from noise), of which the farther half is given up again and again, after equal
-    shares of the calls.  At most calls + 51 * walks + 1 calls.
-
-    A half-space of thousands of dimensions takes 3 to 4 n calls to 5 %.  Where there are many classes or the
-    boundary bends it finds a nearby part of it, not always the nearest.  What it is for is masked gradients.
-    All walks of all images go through the model at once.
+    It begins from `start` or, where there is none, from noise, in `walks` places (rounded down to a power of two;
+    without a start one for each 4 n calls, n values an image; fewer where calls are few; all but the first from
+    noise), of which the farther half is given up again and again, after equal shares of the calls.  At most
+    calls + 51 * walks + 1 calls, to which all walks of all images go at once; 3 to 4 n of them bring it within 5 % of
+    a plane in thousands of dimensions.
     """
-    n = math.prod(images.shape[1:])
+    shape, every = best.images.shape[1:], torch.arange(len(best.images), device=best.images.device)
+    n = math.prod(shape)
     votes = min(round(10 * n**0.25), calls // 3)
     cost = votes + _TURNS + len(_PARTS) + _HALVINGS  # calls of a round
-    walks = walks or (calls // (4 * n) if start is None else 1)
+    walks = walks or (1 if best.started else calls // (4 * n))
     shares = 1  # of the calls: 2^(shares - 1) walks begin, one is left
     while 2**shares <= walks and (shares + 1) * 2**shares * cost <= calls:
         shares += 1
-    starts = [start, *[None] * (2 ** (shares - 1) - 1)]
-    places = [_Best(model, images, labels, norm, topk, known) for known in starts]
-    walk = _begin(model, places, topk, generator)
-    aside = _directions(images.shape[1:], generator)
+    walk = _begin([best, *(best.part(every) for _ in range(2 ** (shares - 1) - 1))], generator)
+    aside = _directions(shape, generator)
     for share in reversed(range(shares)):
         rounds = calls // ((share + 1) * 2**share * cost)
         calls -= rounds * 2**share * cost
         for _ in range(rounds if len(walk.rows) else 0):
-            moves = [next(aside).to(images) for _ in range(votes)]
-            walk = _round(model, walk, moves, images, labels, norm, topk)
-        walk = walk.nearer_half(norm) if share else walk
-    best = places[0]
-    best.update(walk.rows, walk.z.view(-1, *images.shape[1:]), torch.ones_like(walk.reach))
-    return best.adversarial
+            walk = _round(best, walk, [next(aside).to(best.images) for _ in range(votes)])
+        walk = walk.nearer_half(best.norm) if share else walk
+    best.update(walk.rows, walk.z.view(-1, *shape), walk.reach > 0)
 
 
 _TURNS, _PARTS, _HALVINGS = 4, (1.0, 0.5), 8  # what a round of `boundary` calls for beyond its votes
@@ -521,10 +439,10 @@ class _Walk(NamedTuple):
         return _Walk(*(part[keep.flatten()] for part in self))
 
 
-def _begin(model, places: "list[_Best]", topk: int, generator) -> _Walk:
+def _begin(places: "list[_Best]", generator: Generator | None) -> _Walk:
     """A walk from each place for each image; from the nearest place again where noise found nothing in 40 tries."""
     for place in places:
-        _start_from_noise(model, place, topk, _child(generator))
+        _start_from_noise(place, _child(generator))
     distances, found = (torch.stack([getattr(p, name) for p in places]) for name in ("distances", "adversarial"))
     least, first = distances.min(dim=0)
     rows = ((least > 0) & least.isfinite()).nonzero()[:, 0]
@@ -555,11 +473,11 @@ def _directions(shape, generator: Generator | None, coarsest: int = 8):
             yield (u / u.norm()).flatten()
 
 
-def _round(model, walk: _Walk, moves: list[Tensor], images, labels, norm: Norm, topk: int) -> _Walk:
+def _round(best: "_Best", walk: _Walk, moves: list[Tensor]) -> _Walk:
     rows, x0, z, normal, reach, gain = walk
 
     def holds(x: Tensor) -> Tensor:
-        return _margins(model, x.view(-1, *images.shape[1:]), labels[rows], topk) > 0
+        return best.margins(rows, x.view(-1, *best.images.shape[1:])) > 0
 
     size = (reach * (z - x0).norm(dim=1))[:, None]
 
@@ -571,8 +489,8 @@ def _round(model, walk: _Walk, moves: list[Tensor], images, labels, norm: Norm, 
     normal = _turn(move, normal, lean)
     # On a flat boundary half of the moves hold: where far fewer or more do, it bends within their reach.
     reach = (reach * (1.3 - 2 * (share - 0.5).abs())).clamp(1e-3, 1)
-    ahead = nearest(normal, (normal * (z - x0)).sum(dim=1), x0, norm)
-    z, gain = _approach(holds, x0, _towards(holds, x0, z, ahead, norm), gain)
+    ahead = nearest(normal, (normal * (z - x0)).sum(dim=1), x0, best.norm)
+    z, gain = _approach(holds, x0, _towards(holds, x0, z, ahead, best.norm), gain)
     return _Walk(rows, x0, z, normal, reach, gain.clamp_min(1e-3))
 
 
@@ -637,7 +555,7 @@ def _child(generator: Generator | None) -> Generator:
     return Generator(device).manual_seed(seed)
 
 
-def _start_from_noise(model, best, topk, generator, tries: int = 40) -> None:
+def _start_from_noise(best, generator, tries: int = 40, halvings: int = 10) -> None:
     """Noise of growing weight until an image is misclassified, then bisection towards the image.
 
     Uniform noise and, every other time, black and white in random proportion: that reaches the box's corners.
@@ -653,89 +571,52 @@ def _start_from_noise(model, best, topk, generator, tries: int = 40) -> None:
             for shape in (x.shape[1:], ())
         )
         noise = (noise < share).to(x) if k % 2 else noise
-        x = x.lerp(noise.expand_as(x), min(1.0, 0.1 * (k + 1)))
-        best.update(rows, x, _margins(model, x, best.labels[rows], topk))
-    _to_boundary(model, best, topk)
-
-
-def _to_boundary(model, best, topk, halvings: int = 10) -> None:
-    """Bisection between each image and the adversarial image known for it."""
+        best.test(rows, x.lerp(noise.expand_as(x), min(1.0, 0.1 * (k + 1))))
     rows = best.found()
     x, far = best.images[rows], best.adversarial[rows]
     low, high = torch.zeros(len(rows)).to(x), torch.ones(len(rows)).to(x)
     for _ in range(halvings):
         middle = (low + high) / 2
-        z = x.lerp(far, column(middle, x))
-        margins = _margins(model, z, best.labels[rows], topk)
-        best.update(rows, z, margins)
+        margins = best.test(rows, x.lerp(far, column(middle, x)))
         low, high = middle.where(margins <= 0, low), middle.where(margins > 0, high)
 
 
-def logbarrier(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    steps: int = 50,
-    start: Tensor | None = None,
-    generator: Generator | None = None,
-) -> Tensor:
+@_attack
+def logbarrier(best, *, generator, steps: int = 50) -> None:
     """Finlay et al. (2019): minimise ||delta||^2 / 2 - lam log m from the misclassified side, lam falling to 0.
 
-    From `start` (adversarial images) or, where there is none, from noise, or from beyond the linearised boundary
-    of the nearest class where that is misclassified and nearer.  A step minimises that function exactly with m
-    linearised at the iterate, box included: it finds the point nearest to the image where the linearised margin
-    is
+    From `start` or, where there is none, from noise, or from beyond the linearised boundary of the nearest class where
+    that is misclassified and nearer.  A step minimises that function exactly with m linearised at the iterate, box
+    included: it finds the point nearest to the image where the linearised margin is
 
         m = lam ||g||_* / ||delta||,   here with lam = mu ||delta||^2,   mu from 0.5 down to 0.001           (2)
 
-    so that mu is the relative distance still kept from the boundary, whatever the scale of model and image.
-    A step that would be classified correctly is halved, at most 4 times, then not taken.  With the gradient of
-    the linf norm itself, which is a single pixel, the attack is weak in linf; (2) has no such weakness.  The
-    margin is that of the logits (the authors' is of probabilities, where it saturates).  At most
-    7 * steps + 64 + topk calls.
+    so that mu is the relative distance still kept from the boundary, whatever the scale of model and image.  A step
+    that would be classified correctly is halved, at most 4 times, then not taken.  At most 7 * steps + 64 + topk calls.
     """
-    best = _Best(model, images, labels, norm, topk, start)
-    _start_from_noise(model, best, topk, _child(generator))
-    if start is None:
-        _start_beyond(model, best, topk)
+    _start_from_noise(best, _child(generator))
+    for goal in [] if best.started else _goals(best, 1):  # half as far again as the boundary of the nearest class
+        every = torch.arange(len(best.images), device=best.images.device)
+        aimed, grad, _ = best.aim(every, best.images, goal)
+        best.test(every, (best.images + nearest(grad, -1.5 * aimed, best.images, best.norm)).clamp(0, 1))
     rows = best.found()
-    x0, y, z = images[rows], labels[rows], best.adversarial[rows]
+    x0, z = best.images[rows], best.adversarial[rows]
     for step in range(steps if len(rows) else 0):
         mu = 0.5 * 0.002 ** (step / max(1, steps - 1))
-        aimed, grad, _ = _aim(model, z, y, None, topk)
-        kept = mu * distance(x0, z, norm).to(z) * dual_norm(grad, norm)  # eq. (2)
-        goal = x0 + nearest(grad, _lift(grad, z, x0, aimed) + kept, x0, norm)
-        z = _halve_until_safe(model, best, rows, z, goal, topk)
-    return best.adversarial
+        aimed, grad, _ = best.aim(rows, z)
+        kept = mu * distance(x0, z, best.norm).to(z) * dual_norm(grad, best.norm)  # eq. (2)
+        goal = x0 + nearest(grad, _lift(grad, z, x0, aimed) + kept, x0, best.norm)
+        todo = torch.arange(len(rows), device=rows.device)
+        for k in range(5):
+            tried = z[todo].lerp(goal[todo], 0.5**k)
+            wrong = best.test(rows[todo], tried) > 0
+            z[todo[wrong]], todo = tried[wrong], todo[~wrong]
 
 
-def _start_beyond(model, best, topk) -> None:
-    """The nearest class to first order, half as far again as its linearised boundary."""
-    for goal in _goals(model, best, topk, targets=1):
-        aimed, grad, _ = _aim(model, best.images, best.labels, goal, topk)
-        x = (best.images + nearest(grad, -1.5 * aimed, best.images, best.norm)).clamp(0, 1)
-        rows = torch.arange(len(x), device=x.device)
-        best.update(rows, x, _margins(model, x, best.labels, topk))
+# --- what they share ----------------------------------------------------------------------------------------------
 
 
-def _halve_until_safe(model, best, rows, z, goal, topk, halvings: int = 4) -> Tensor:
-    z, part = z.clone(), 1.0
-    todo = torch.arange(len(rows), device=rows.device)
-    for _ in range(1 + halvings):
-        tried = z[todo].lerp(goal[todo], part)
-        margins = _margins(model, tried, best.labels[rows[todo]], topk)
-        best.update(rows[todo], tried, margins)
-        z[todo[margins > 0]] = tried[margins > 0]
-        todo, part = todo[margins <= 0], part / 2
-        if len(todo) == 0:
-            break
-    return z
-
-
-def _follow(model, best, z, goal, topk, steps, weight: float = 1.0) -> None:
+def _follow(best, z, goal, steps, weight: float = 1.0) -> None:
     """Walk along the boundary towards the images, from z; `best` keeps what is found.
 
     With the margin linearised at z, p is the point of its boundary nearest to the image, q the one nearest to
@@ -744,15 +625,15 @@ def _follow(model, best, z, goal, topk, steps, weight: float = 1.0) -> None:
     in bundle methods, over ever more of them as the walk goes on.  p and q aim beyond the boundary by a share
     of the distance that doubles after a step that was classified correctly and halves after one that was not.
     goal: the classes that are to overtake the label, (images, k), or None for whichever are nearest.
+    An image whose budget ends on the way is tested where it is: a longer walk would have passed there.
     """
     rows = best.todo()
+    rows = rows[best.affords(rows, 3)]
     z, beyond = z[rows], torch.full((len(rows),), 0.01, dtype=z.dtype, device=z.device)
     slope, offset = torch.zeros_like(z), torch.zeros_like(beyond)  # of the averaged linearisation
     for step in range(steps if len(rows) else 0):
         progress, x0 = step / steps, best.images[rows]
-        blend = 0.3 * (1 - progress) ** 0.5
-        aimed, grad, margins = _aim(model, z, best.labels[rows], None if goal is None else goal[rows], topk, blend)
-        best.update(rows, z, margins)
+        aimed, grad, margins = best.aim(rows, z, goal, 0.3 * (1 - progress) ** 0.5)
         if step:
             safe = (margins if goal is None else aimed) > 0
             beyond = torch.where(safe, beyond / 2, beyond * 2).clamp(TOLERANCE / 4, 0.2)
@@ -761,69 +642,41 @@ def _follow(model, best, z, goal, topk, steps, weight: float = 1.0) -> None:
         p = x0 + nearest(slope, offset + beyond * offset.abs(), x0, best.norm)
         q = z + nearest(grad, beyond * need.abs() - aimed, z, best.norm)
         w = max(weight * (1 - progress), 0.02)
-        keep = _promising(best, rows, z, margins, distance(x0, p, best.norm), progress)
+        reach = distance(x0, p, best.norm)  # to first order a lower bound of what is found from here, early to a half
+        stationary = (margins > 0) & (reach > (1 - TOLERANCE / 4) * distance(x0, z, best.norm))
+        keep = (reach < (1.5 - 0.5 * progress) * best.distances[rows]) & ~stationary
         z = (1 - w) * q + w * p
-        z, rows, beyond, slope, offset = (part[keep] for part in (z, rows, beyond, slope, offset))
+        more = best.affords(rows, 3)
+        best.test(rows[keep & ~more], z[keep & ~more])
+        z, rows, beyond, slope, offset = (part[keep & more] for part in (z, rows, beyond, slope, offset))
         if len(rows) == 0:
             return
-    best.update(rows, z, _margins(model, z, best.labels[rows], topk))
+    best.test(rows, z)
 
 
-def _goals(model, best, topk: int, targets: int, among: int = 9) -> list[Tensor]:
+def _goals(best, targets: int, among: int = 9) -> list[Tensor]:
     """`targets` sets of topk classes (images, topk) to overtake the label, the nearest to first order first.
 
     The topk - 1 nearest classes and, in turn, each of the next ones, out of the likeliest among + topk - 1.
     One forward pass, and a backward pass for each class.
     """
-    count = min(max(among, targets) + topk - 1, best.logits.shape[1] - 1)
-    if targets == 0 or len(best.todo()) == 0:
+    shared, count = best.topk - 1, min(max(among, targets) + best.topk - 1, best.logits.shape[1] - 1)
+    rows = best.todo() if targets > 0 else []
+    if len(rows) == 0 or len(rows := rows[best.affords(rows, count + 4)]) == 0:
         return []
-    others = best.logits.scatter(1, best.labels[:, None], -torch.inf)
-    classes = others.topk(count, dim=1).indices
+    classes = best.logits.scatter(1, best.labels[:, None], -torch.inf).topk(count, dim=1).indices
+    best.spend(rows, 1 + count)
     with torch.enable_grad():
-        x = best.images.detach().requires_grad_()
-        logits = model(x)
-        leads = logits.gather(1, classes) - logits.gather(1, best.labels[:, None])
-        reach = []
-        for j in range(count):
-            (grad,) = torch.autograd.grad(leads[:, j].sum(), x, retain_graph=j < count - 1)
-            reach.append(-leads[:, j].detach() / dual_norm(grad, best.norm))
-    classes = classes.gather(1, torch.stack(reach, dim=1).argsort(dim=1))
-    shared = classes[:, : topk - 1]
-    return [torch.cat([shared, classes[:, j, None]], dim=1) for j in range(topk - 1, min(count, topk - 1 + targets))]
-
-
-def _promising(best, rows, z, margins, reach, progress: float) -> Tensor:
-    """False where z is stationary, or the linearised boundary lies farther than what is known.
-
-    reach, the distance of the linearised boundary (with what is aimed beyond it), is to first order a lower
-    bound of what can be found from here; early in a walk it is not trusted to better than a half.
-    """
-    stationary = (margins > 0) & (reach > (1 - TOLERANCE / 4) * distance(best.images[rows], z, best.norm))
-    return (reach < (1.5 - 0.5 * progress) * best.distances[rows]) & ~stationary
-
-
-def _aim(model, z, labels, goal, topk, blend: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
-    """What is to become positive, its gradient, and the margin: from one forward and one backward pass.
-
-    That is a mean of the leads over the label of the classes `goal` (None: of the k likeliest others), weighted
-    towards the least, which alone decides: near the boundary of a top-k set several tie, and each holds the point.
-    It is negative where the least is, and positive where that is.
-    """
-    margins = []
-
-    def lead(x: Tensor) -> Tensor:
-        logits = model(x)
-        margins.append(_safe_margin(logits, labels, topk))
-        others = logits.detach().scatter(1, labels[:, None], -torch.inf)
-        leads = logits.gather(1, others.topk(topk, dim=1).indices if goal is None else goal)
-        leads = leads - logits.gather(1, labels[:, None])
-        ahead = (leads > 0) & (leads.detach().amin(dim=1, keepdim=True) < 0)  # of the label already: no help, no harm
-        leads = leads.masked_fill(ahead, 0)
-        return (_shares(leads.detach(), blend) * leads).sum(dim=1) - _slack(logits)
-
-    aimed, grad = input_gradient(lead, z)
-    return aimed, grad, margins[0].detach()
+        x = best.images[rows].requires_grad_()
+        logits = best.network(x)
+        leads = logits.gather(1, classes[rows]) - logits.gather(1, best.labels[rows, None])
+        grads = (_gradient(leads[:, j], x, retain_graph=j < count - 1) for j in range(count))
+        reach = torch.stack(
+            [-lead.detach() / dual_norm(grad, best.norm) for lead, grad in zip(leads.T, grads, strict=True)], dim=1
+        )
+    classes[rows] = classes[rows].gather(1, reach.argsort(dim=1))
+    last = range(shared, min(count, shared + targets))
+    return [torch.cat([classes[:, :shared], classes[:, j, None]], dim=1) for j in last]
 
 
 def _shares(leads: Tensor, blend: float) -> Tensor:
@@ -848,7 +701,8 @@ def nearest(grad: Tensor, need: Tensor, images: Tensor, norm: Norm, iterations: 
     g, x = grad.flatten(1), images.flatten(1)
     largest = g.abs().amax(dim=1)
     largest = largest.where(largest > 0, 1)
-    size, need = g.abs() / largest[:, None], (need / largest).clamp_min(0)
+    size = g.abs() / largest[:, None]
+    need = (need / largest).clamp(0, 2 * g.shape[1])  # more than there is
     speed = torch.ones_like(size) if norm == "linf" else size
     room = torch.where(g > 0, 1 - x, x)
     t = torch.zeros_like(need)
@@ -863,22 +717,34 @@ def nearest(grad: Tensor, need: Tensor, images: Tensor, norm: Norm, iterations: 
     return (g.sign() * torch.minimum(t[:, None] * speed, room)).view_as(grad)
 
 
-class _Best:
-    """Per image, the nearest adversarial image met so far; the image itself until there is one.
+_RUNS = 3  # of every adversarial image in the end
 
-    distances (N,) in float64: 0 where the image is misclassified as it is, inf where nothing is known.
+
+class _Best:
+    """An attack under way: per image, the nearest adversarial image met so far; the image itself until there is one.
+
+    distances (N,) in float64: 0 where the image is misclassified as it is, inf where nothing is known.  Rows are
+    numbers of images, of which x are candidates.  Raises ValueError for what no attack can work with.
     """
 
     def __init__(self, model, images, labels, norm, topk, start=None) -> None:
-        self.images, self.labels, self.norm = images, labels, norm
-        self.adversarial = images.clone()
+        _check_data(model, images, labels, norm, start)
+        self.network = model if isinstance(model, _Network) else _Network(model)
+        self.images, self.labels, self.norm, self.topk = images.detach(), labels, norm, topk
+        self.started = start is not None
+        self.adversarial = self.images.clone()
         with torch.no_grad():
-            self.logits = model(images)
-        wrong = margin(self.logits, labels, topk) > 0
-        self.distances = torch.zeros_like(wrong, dtype=torch.float64).masked_fill(~wrong, torch.inf)
+            self.logits = self.network(self.images)
+        _check_logits(self.logits, labels, topk)
+        label, rival = _compared(self.logits, labels, topk)
+        self.distances = torch.full_like(label, torch.inf, dtype=torch.float64).masked_fill(rival > label, 0)
+        self.limit = torch.full_like(self.distances, torch.inf)
+        self.number, self.left = torch.arange(len(labels), device=labels.device), self.limit.clone()
+        self.roundoff = _roundoff(self.logits, labels, topk)
+        self.firm = 64 * torch.finfo(label.dtype).eps * (label - rival).clamp_min(0)  # what sums differ by as a rule
         if start is not None:
             rows = self.todo()
-            self.update(rows, start[rows], _margins(model, start[rows], labels[rows], topk))
+            self.test(rows, start[rows])
 
     def todo(self) -> Tensor:
         """The images that are classified correctly."""
@@ -888,27 +754,137 @@ class _Best:
         """Those of them that are broken."""
         return ((self.distances > 0) & self.distances.isfinite()).nonzero()[:, 0]
 
-    def update(self, rows: Tensor, x: Tensor, margins: Tensor) -> None:
-        """Take x, candidates for the images `rows`, where their margins are positive and they are nearer."""
+    def spend(self, rows: Tensor, calls: int) -> None:
+        """Take calls from what is left for each of rows; a search and its parts share one account."""
+        number = self.number[rows]
+        self.left.index_add_(0, number, torch.full_like(number, -calls, dtype=self.left.dtype))
+
+    def affords(self, rows: Tensor, calls: int) -> Tensor:
+        """Which of rows have so many calls left.  The others stop here for good.
+
+        So a larger budget buys the same search, longer: nothing is skipped for something cheaper.
+        """
+        number = self.number[rows]
+        enough = self.left[number] >= calls
+        self.left[number[~enough]] = 0
+        return enough
+
+    def update(self, rows: Tensor, x: Tensor, wrong: Tensor) -> None:
+        """Take x where it is misclassified and nearer."""
         d = distance(self.images[rows], x, self.norm)
-        better = (margins > 0) & (d < self.distances[rows])
+        better = wrong & (d < self.distances[rows])
         self.adversarial[rows[better]] = x[better]
         self.distances[rows[better]] = d[better]
 
+    def margins(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The margins of x less what rounding may make of them; > 0: misclassified."""
+        self.spend(rows, 1)
+        with torch.no_grad():  # some models cannot take an empty batch
+            return self._judge(self.network(x), rows)[0] if len(x) else x.new_zeros(0)
 
-class _Counted:
-    """A model that counts its calls: an image through a forward pass, or through a backward pass."""
+    def test(self, rows: Tensor, x: Tensor) -> Tensor:
+        """`margins`, and what is misclassified and nearer is kept."""
+        margins = self.margins(rows, x)
+        self.update(rows, x, margins > 0)
+        return margins
+
+    def aim(self, rows: Tensor, x: Tensor, goal: Tensor | None = None, blend: float = 0.3):
+        """What is to become positive (rows,), its gradient, and the margins as from `test`; a call each way.
+
+        That is a mean of the leads over the label of the classes `goal` (images, k) (None: of the k likeliest
+        others), weighted towards the least, which alone decides: near the boundary of a top-k set several tie, and
+        each holds the point.  It is negative where the least is, and positive where that is.
+        """
+        label = self.labels[rows, None]
+        self.spend(rows, 2)
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            logits = self.network(z)
+            margins, slack = self._judge(logits.detach(), rows)
+            others = logits.detach().scatter(1, label, -torch.inf)
+            leads = logits.gather(1, others.topk(self.topk, dim=1).indices if goal is None else goal[rows])
+            leads = leads - logits.gather(1, label)
+            ahead = (leads > 0) & (leads.detach().amin(dim=1, keepdim=True) < 0)  # already: no help, no harm
+            leads = leads.masked_fill(ahead, 0)
+            aimed = (_shares(leads.detach(), blend) * leads).sum(dim=1) - slack
+            grad = _gradient(aimed, z)
+        self.update(rows, x, margins > 0)
+        return aimed.detach(), grad, margins
+
+    def _judge(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        label, rival = _compared(logits, self.labels[rows], self.topk)
+        slack = self.roundoff[rows] * (label.abs() + rival.abs()) + self.firm[rows]
+        return rival - label - slack, slack
+
+    def part(self, rows: Tensor, keep: bool = False) -> "_Best":
+        """A search for the images `rows` alone, from what is known of them (keep), or anew."""
+        part = copy.copy(self)
+        for name in ("images", "labels", "logits", "limit", "roundoff", "firm", "adversarial", "distances", "number"):
+            setattr(part, name, getattr(self, name)[rows])
+        part.started = keep
+        if not keep:
+            part.adversarial = part.images.clone()
+            part.distances = torch.where(part.distances > 0, torch.inf, part.distances)
+        return part
+
+    def settle(self, outwards: int = 16) -> None:
+        """Move adversarial images that do not hold outwards, by 0.01 % and ever more up to three times as far.
+
+        None goes beyond `limit`, and one that never holds is not counted as found.
+        """
+        rows = self.found()
+        rows = rows[~self._holds(rows, self.adversarial[rows])]
+        x0, delta = self.images[rows], self.adversarial[rows] - self.images[rows]
+        self.distances[rows], self.adversarial[rows] = torch.inf, x0
+        for k in range(outwards if len(rows) else 0):
+            x = (x0 + (1 + 2.0 ** (k + 2 - outwards)) * delta).clamp(0, 1)
+            holds = self._holds(rows, x, runs=8)
+            self.update(rows, x, holds & (distance(x0, x, self.norm) <= self.limit[rows]))
+            rows, x0, delta = (part[~holds] for part in (rows, x0, delta))
+
+    def _holds(self, rows: Tensor, x: Tensor, runs: int = _RUNS) -> Tensor:
+        """Whether x errs by more than its margins differ by, in runs of other orders and batches of other sizes.
+
+        Where that is a near thing, 8 runs: a random margin must be some four standard deviations on the far side.
+        """
+        if len(rows) == 0:
+            return rows > 0
+        margins = x.new_zeros(runs, len(rows))
+        for run in range(runs):
+            order = torch.arange(len(rows), device=rows.device).roll(run).flip(0)
+            for part in order.tensor_split(1 + run % 3) if len(rows) > 2 else order.split(1):
+                with torch.no_grad():
+                    margins[run, part] = margin(self.network(x[part]), self.labels[rows[part]], self.topk).to(x)
+        least, most = margins.aminmax(dim=0)
+        spread = most - least
+        holds = least > spread
+        near = holds & (least < 8 * spread.maximum(spread.median()))  # three runs may agree by chance
+        if runs < 8 and near.any():
+            holds[near] = self._holds(rows[near], x[near], runs=8)
+        return holds
+
+
+class _Network:
+    """A model as the attacks see it: it may spoil the images it is given, and each of its calls is counted.
+
+    Logits come in float32 at least, and finite where a class that cannot win has -inf.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model, self.count = model, 0
-        self.modules = getattr(model, "modules", tuple)  # for `check_model`
+        self.named_modules = getattr(model, "named_modules", tuple)  # for `_check_data`
 
     def __call__(self, x: Tensor) -> Tensor:
         self.count += len(x)
-        logits = self.model(x)
+        logits = self.model(x.clone())
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            shape = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"the model must return logits (images, classes) for {len(x)} images, not {shape}: wrap it"
+            )
         if logits.requires_grad:
             logits.register_hook(self._backward)
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp_min(-1e30)
 
     def _backward(self, grad: Tensor) -> None:
         self.count += len(grad)
@@ -919,33 +895,81 @@ class _Counted:
         return count / max(1, images)
 
 
-def _margins(model: Model, x: Tensor, labels: Tensor, topk: int) -> Tensor:
-    if len(x) == 0:  # some models cannot take an empty batch
-        return x.new_zeros(0)
-    with torch.no_grad():
-        return _safe_margin(model(x), labels, topk)
+_BY_DECISIONS = 'attack it by its decisions alone, attacks=["boundary"]'
 
 
-def _ascent(model: Model, x: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Margins (N,) and their gradient with respect to x."""
-    return input_gradient(lambda z: _safe_margin(model(z), labels, topk), x)
+def _gradient(values: Tensor, x: Tensor, retain_graph: bool = False) -> Tensor:
+    """The gradient of the sum of `values` (N,), so that row i is that of value i.  ValueError where there is none."""
+    grad, why = None, "detached, under no_grad?"
+    if values.requires_grad:
+        try:
+            (grad,) = torch.autograd.grad(values.sum(), x, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "not implemented" not in (why := str(error).splitlines()[0]):
+                raise
+    if grad is None:
+        raise ValueError(f"no gradient comes through the model ({why}): {_BY_DECISIONS}")
+    return grad
 
 
-def _safe_margin(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
-    """`margin`, less what rounding may change when the image is run in another batch; > 0: misclassified."""
-    return margin(logits, labels, topk) - _slack(logits)
+def _compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The two logits that decide, (N,) each: the label's, and the k-th largest of the others."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0], others.topk(topk, dim=1).values[:, -1]
 
 
-def _slack(logits: Tensor) -> Tensor:
-    return 64 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(dim=1)
+def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
+    """The relative error of rounding (N,) of the coarsest format that holds the label's and the largest logits exactly.
+
+    A network that computes in 16 bits may well return 32: what its margins are worth shows in the digits, though not
+    in those of one logit or two, which may be short by chance.
+    """
+    largest = logits.topk(min(topk + 5, logits.shape[1]), dim=1).values
+    seen = torch.cat([logits.gather(1, labels[:, None]), largest], dim=1)
+    eps = torch.full_like(seen[:, 0], torch.finfo(seen.dtype).eps)
+    for coarser in (torch.float32, torch.float16, torch.bfloat16):
+        eps = eps.masked_fill((seen.to(coarser) == seen).all(1), torch.finfo(coarser).eps)
+    return eps / 2
 
 
-# The most calls an image takes, with the test of the result and its refinement, as `smallest` runs the attack;
-# and where topk > 1, to which topk - 1 are to be added (`_goals`).
-_ATTACKS = {
-    "fab": (fab, 2590, 3370),
-    "pgd": (pgd, 885, 885),
-    "boundary": (boundary, 546, 546),
-    "logbarrier": (logbarrier, 460, 460),
-    "carlini_wagner": (carlini_wagner, 1270, 1270),
+def _check_images(images: Tensor, name: str = "images") -> None:
+    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64)
+    if not (known and ((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f"{name} must be a float32 or float64 tensor, finite and in [0, 1]; normalise in the model")
+
+
+def _check_data(model, images: Tensor, labels: Tensor, norm: Norm, start: Tensor | None) -> None:
+    training = [name for name, module in getattr(model, "named_modules", tuple)() if module.training]
+    if training:
+        part = f"a part of the model ({', '.join(training[:3])}) is" if training[0] else "the model is"
+        raise ValueError(f"{part} in training mode: call model.eval()")
+    _check_images(images)
+    known = isinstance(labels, Tensor)
+    if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
+        raise ValueError(f"labels must be an int64 tensor, one per image, at least one; not {given}")
+    if start is not None:
+        _check_images(start, "start")
+        if start.shape != images.shape:
+            raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
+    distance(images[:0], images[:0], norm)  # raises where norm is none
+
+
+def _check_logits(logits: Tensor, labels: Tensor, topk: int) -> None:
+    if not 1 <= topk < logits.shape[1]:
+        raise ValueError(f"logits must be (images, classes > topk), not {tuple(logits.shape)} with topk={topk}")
+    if not logits.isfinite().all():
+        raise ValueError("the model's outputs are not finite")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels must be in 0 .. {logits.shape[1] - 1}, the model's classes")
+
+
+# How `smallest` runs the attacks, the short form first, and the calls that an image must afford for it; where topk > 1,
+# topk - 1 more (`_goals`).  fab spends what there is: it begins with a step and a test.
+_FORMS = {
+    "fab": ((functools.partial(fab.search, steps=30, restarts=0), 3), (fab.search, 3)),
+    "pgd": ((_pgd.search, 843),),
+    "boundary": ((functools.partial(boundary.search, calls=135), 187), (boundary.search, 502)),
+    "logbarrier": ((logbarrier.search, 418),),
+    "carlini_wagner": ((carlini_wagner.search, 1228),),
 }

@@ -1,13 +1,16 @@
 """The attacks against closed forms, an exact oracle, brute force, and the properties that they promise."""
 
 import copy
+import functools
 import itertools
+import math
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracle import closed_form, digits, digits_mlp, exact_linf_distance, linear
 from torch import nn
@@ -64,7 +67,13 @@ def test_white_box_attacks_are_within_one_percent_of_a_linear_classifier(name, n
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("classes", "dim", "calls", "walks"),
-    [(2, 64, 1000, None), (10, 64, 16_000, 32), (2, 3072, 12_000, None), (10, 3072, 40_000, 16)],
+    [
+        (2, 64, 1000, None),
+        (10, 64, 16_000, 32),
+        (2, 768, 3000, None),
+        pytest.param(2, 3072, 12_000, None, marks=pytest.mark.slow),
+        pytest.param(10, 3072, 40_000, 16, marks=pytest.mark.slow),
+    ],
 )
 @given(seed=seeds)
 @settings(examples, max_examples=2)
@@ -127,7 +136,7 @@ def test_nearest_survives_zero_and_tiny_gradients():
     ("fab", 0.05), ("pgd", 0.05), ("carlini_wagner", 0.05), ("logbarrier", 0.1), ("boundary", 0.1)
 ])  # fmt: skip
 @given(seed=seeds)
-@settings(examples, max_examples=3)
+@settings(examples, max_examples=2)
 def test_top_two_of_a_linear_classifier_against_brute_force(name, tolerance, rank, seed):
     """Out of the top 2 = overtaken by some pair: the projection on two half-spaces, for every pair.
 
@@ -144,23 +153,29 @@ def test_top_two_of_a_linear_classifier_against_brute_force(name, tolerance, ran
     adversarial = run(name, model, images, labels, norm="l2", topk=2, **more)
     assert (attacks.margin(model(adversarial), labels, topk=2) > 0).all()
     found = attacks.distance(images, adversarial, "l2")
-    assert (found >= exact * (1 - 1e-6)).all()
+    assert (found >= exact * (1 - 1e-6) - 1e-6).all()  # of float32 logits
     assert found.mean() <= (1 + tolerance) * exact.mean()
+
+
+@functools.cache
+def where_the_label_is_fifth(norm):
+    """The distances of 12 images that each attack with gradients finds, where four classes are ahead of the label."""
+    generator = seeded(0)
+    model = linear(generator, 20, 64, grey_ties=True)
+    images = 0.3 + 0.4 * torch.rand(12, 64, generator=generator)
+    labels = model(images).argsort(1, descending=True)[:, 4]
+    found = {name: run(name, model, images, labels, norm=norm, topk=5) for name in WHITE_BOX}
+    assert all((attacks.margin(model(x), labels, topk=5) > 0).all() for x in found.values())
+    return {name: attacks.distance(images, x, norm) for name, x in found.items()}
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", WHITE_BOX)
 def test_top_five_where_the_label_is_fifth(name, norm):
-    """Four classes are ahead of the label, and the attack must not rest on their lead."""
-    generator = seeded(0)
-    model = linear(generator, 20, 64, grey_ties=True)
-    images = 0.3 + 0.4 * torch.rand(20, 64, generator=generator)
-    labels = model(images).argsort(1, descending=True)[:, 4]
-    found = run(name, model, images, labels, norm=norm, topk=5)
-    assert (attacks.margin(model(found), labels, topk=5) > 0).all()
-    nearest = attacks.distance(images, run("fab", model, images, labels, norm=norm, topk=5, restarts=12), norm)
-    tolerance = 0.1 if name == "logbarrier" else 0.02
-    assert attacks.distance(images, found, norm).mean() <= (1 + tolerance) * nearest.mean()
+    """An attack must not rest on the lead of the others: each is near the best of all."""
+    found = where_the_label_is_fifth(norm)
+    best = torch.stack(list(found.values())).amin(0)
+    assert found[name].mean() <= (1.1 if name == "logbarrier" else 1.03) * best.mean()
 
 
 def pairs(classes, label):
@@ -211,7 +226,7 @@ def test_the_oracle_agrees_with_brute_force():
     assert exact_linf_distance(network, image, (label + 1) % 3, upper=1.0) == 0
 
 
-@pytest.mark.parametrize(("seed", "lam"), [(0, 0.0), (1, 1.0), (2, 0.1)])
+@pytest.mark.parametrize(("seed", "lam"), [(0, 0.0), (1, 1.0), pytest.param(2, 0.1, marks=pytest.mark.slow)])
 def test_smallest_is_within_one_percent_of_the_exact_distance(seed, lam):
     model, (images, labels) = digits_mlp(seed, lam), digits()
     images, labels = images[898:915], labels[898:915]
@@ -241,7 +256,8 @@ def test_outputs_are_in_the_box_and_misclassified_alone_and_nothing_is_touched(n
     images = torch.rand(5, *shape, generator=generator)
     labels = torch.randint(4, (5,), generator=generator)
     before, given_images = copy.deepcopy(model.state_dict()), images.clone()
-    found = run(name, model, images, labels, norm=norm, topk=topk, seed=seed)
+    fewer = {"fab": {"restarts": 1}, "carlini_wagner": {"steps": 30}}.get(name, {})
+    found = run(name, model, images, labels, norm=norm, topk=topk, seed=seed, **fewer)
     assert found.shape == images.shape
     assert found.dtype == images.dtype
     assert ((found >= 0) & (found <= 1)).all()
@@ -322,7 +338,7 @@ def test_pgd_for_training_ascends_the_loss_and_leaves_the_mode_alone():
     model, (images, labels) = copy.deepcopy(digits_mlp(0)).train(), digits()
     images, labels = images[:64], labels[:64]
     options = {"norm": "linf", "eps": 0.1, "steps": 7, "step_size": 0.025, "loss": gradreg.cross_entropy}
-    counted = attacks._Counted(model)
+    counted = attacks._Network(model)
     found = attacks.pgd(counted, images, labels, generator=seeded(0), **options)
     assert counted.count == 2 * 7 * 64  # every image takes every step, and nothing else is run
     assert model.training
@@ -333,13 +349,12 @@ def test_pgd_for_training_ascends_the_loss_and_leaves_the_mode_alone():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["pgd", "boundary", "logbarrier", "refine"])
+@pytest.mark.parametrize("name", [*attacks.SUITE, "refine"])
 def test_a_start_is_never_made_worse(name, norm):
     model, (images, labels) = digits_mlp(0), digits()
     images, labels = images[898:930], labels[898:930]
     start = run("boundary", model, images, labels, norm=norm, calls=60)
-    options = {} if name == "refine" else {"generator": seeded(1)}
-    better = getattr(attacks, name)(model, images, labels, norm=norm, start=start, **options)
+    better = run(name, model, images, labels, norm=norm, start=start, seed=1)
     before, after = (attacks.distance(images, x, norm) for x in (start, better))
     assert (after <= before).all()
     assert after.mean() < 0.95 * before.mean()
@@ -375,14 +390,13 @@ class Unbreakable(nn.Module):
 
 def test_what_cannot_be_broken_has_distance_inf():
     images, labels = torch.rand(4, 6, generator=seeded(0)), torch.tensor([0, 0, 1, 0])
-    for norm in NORMS:
-        result = attacks.smallest(Unbreakable().eval(), images, labels, norm=norm, generator=seeded(0))
-        assert result.distances.tolist() == [torch.inf, torch.inf, 0, torch.inf]
-        assert result.attacks == ["none", "none", "clean", "none"]
-        assert torch.equal(result.adversarial, images)
-        assert set(result.calls) == {"check", "retest", *attacks.SUITE}  # nothing given up early
-        for name in attacks.SUITE:
-            assert torch.equal(run(name, Unbreakable().eval(), images, labels, norm=norm), images)
+    result = attacks.smallest(Unbreakable().eval(), images, labels, norm="linf", generator=seeded(0))
+    assert result.distances.tolist() == [torch.inf, torch.inf, 0, torch.inf]
+    assert result.attacks == ["none", "none", "clean", "none"]
+    assert torch.equal(result.adversarial, images)
+    assert set(result.calls) == {"check", "retest", *attacks.SUITE}  # nothing given up early
+    for name in attacks.SUITE:
+        assert torch.equal(run(name, Unbreakable().eval(), images, labels, norm="l2"), images)
 
 
 class Counting(nn.Module):
@@ -400,18 +414,40 @@ class Counting(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("budget", [10, 2700, float("inf")])
+@pytest.mark.parametrize("budget", [10, 33, 300, 1000, 5000, float("inf")])
 def test_calls_are_counted_and_the_budget_is_kept(budget):
     model, (images, labels) = Counting(digits_mlp(0)).eval(), digits()
     images, labels = images[898:906], labels[898:906]
     result = attacks.smallest(model, images, labels, norm="linf", budget=budget, patience=9, generator=seeded(0))
     assert sum(result.calls.values()) == pytest.approx(model.calls / 8)
-    assert model.calls / 8 <= budget
-    ran = [name for name in attacks.SUITE if name in result.calls]
-    assert ran == list(attacks.SUITE[: len(ran)])
-    assert {10: 0, float("inf"): 5}.get(budget, len(ran)) == len(ran)
-    larger = attacks.smallest(model, images, labels, norm="linf", patience=9, generator=seeded(0)).distances
-    assert (result.distances >= larger).all()
+    assert model.calls / 8 <= budget + 5 + 1 / 8
+    ran = {10: ["fab"], 33: ["fab"], 300: ["fab", "boundary"], math.inf: attacks.SUITE}.get(budget, [])
+    assert set(ran) <= set(result.calls) - {"check", "retest"} <= set(ran or attacks.SUITE)
+    assert result.distances.isfinite().all()
+
+
+@given(seed=seeds, norm=st.sampled_from(NORMS), topk=st.sampled_from([1, 2]), data=st.data())
+@settings(examples, max_examples=3)
+def test_a_larger_budget_is_never_worse_and_is_each_images_own(seed, norm, topk, data):
+    """In float64, where rounding (which depends on the batch) stays far below the tolerance."""
+    less, more = sorted(data.draw(st.lists(st.floats(10, 500) | st.floats(500, 4000), min_size=2, max_size=2)))
+    generator = seeded(seed)
+    model = small_network(generator, (12,), 4, torch.float64)
+    images = torch.rand(7, 12, generator=generator, dtype=torch.float64)
+    labels = model(images).argmax(1)
+
+    def measure(rows, budget):
+        how = {"norm": norm, "topk": topk, "budget": budget, "check": False, "generator": seeded(seed)}
+        result = attacks.smallest(counted := attacks._Network(model), images[rows], labels[rows], **how)
+        assert counted.count == 0  # all of it is in result.calls
+        return result.distances, sum(result.calls.values())
+
+    every = torch.arange(7)
+    near, nearer = measure(every, less)[0], measure(every, more)[0]
+    assert (nearer <= near * (1 + 1e-6)).all()
+    alone = [measure(row, less) for row in every.split(1)]
+    torch.testing.assert_close(torch.cat([distance for distance, _ in alone]), near, rtol=1e-6, atol=1e-10)
+    assert all(calls <= less for distance, calls in alone if distance.isfinite())
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -421,14 +457,16 @@ def test_boundary_comes_near_the_attacks_with_gradients_on_a_network(norm):
     images, labels = images[898:948], labels[898:948]
     best = attacks.distance(images, run("fab", model, images, labels, norm=norm), norm).mean()
     for calls, walks, begun, tolerance in ((1000, None, 2, 0.12), (3000, None, 8, 0.06), (3000, 2, 2, 0.1)):
-        counted = attacks._Counted(model)
+        counted = attacks._Network(model)
         found = run("boundary", counted, images, labels, norm=norm, calls=calls, walks=walks)
         assert attacks.distance(images, found, norm).mean() <= (1 + tolerance) * best
-        assert 0.9 * calls <= counted.take(len(images)) <= calls + 51 * begun + 1
+        assert 0.9 * calls <= counted.take(len(images)) <= calls + 51 * begun + 1 + attacks._RUNS
 
 
-@pytest.mark.parametrize("topk", [1, 3])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("norm", "topk"),
+    [("linf", 1), ("l2", 3), *(pytest.param(*both, marks=pytest.mark.slow) for both in (("l2", 1), ("linf", 3)))],
+)
 @given(seed=seeds)
 @settings(examples, max_examples=1)
 def test_no_attack_takes_more_calls_than_it_is_said_to(norm, topk, seed):
@@ -437,10 +475,12 @@ def test_no_attack_takes_more_calls_than_it_is_said_to(norm, topk, seed):
     model = small_network(generator, (30,), classes=12)
     images = torch.rand(4, 30, generator=generator)
     labels = model(images).argmax(1)
-    for name, (_, *most) in attacks._ATTACKS.items():
-        how = {"norm": norm, "topk": topk, "attacks": [name], "check": False}
-        result = attacks.smallest(model, images, labels, generator=seeded(seed), **how)
-        assert result.calls[name] <= most[topk > 1] + topk - 1
+    for name, forms in attacks._FORMS.items():
+        for search, most in forms if name != "fab" else ():  # fab takes what there is
+            best = attacks._Best(model, images, labels, norm, topk)
+            best.left[:] = most + topk - 1
+            search(best.part(best.todo(), keep=len(forms) > 1), generator=seeded(seed))
+            assert (best.left >= 0).all(), name
 
 
 def test_images_that_nothing_brings_nearer_are_left_alone():
@@ -448,7 +488,8 @@ def test_images_that_nothing_brings_nearer_are_left_alone():
     model = linear(generator, 3, 20)
     images = 0.3 + 0.4 * torch.rand(5, 20, generator=generator)
     result = attacks.smallest(model, images, model(images).argmax(1), norm="l2", generator=seeded(0))
-    assert set(result.calls) == {"check", "fab", "pgd", "boundary", "retest"}  # two idle attacks after the first
+    assert set(result.calls) == {"check", "fab", "pgd", "boundary", "retest"}  # two idle attacks besides the first
+    assert result.calls["boundary"] < 200  # and this in its short form alone
     assert result.attacks == ["fab"] * 5
 
 
@@ -496,11 +537,168 @@ def test_masked_gradients_are_refused_and_the_boundary_attack_sees_through_them(
     assert (walked <= 1.1 * exact + 4 / 64).all()
 
 
+class Pretending(nn.Module):
+    """A network of quantised images, with the gradient of another network."""
+
+    def __init__(self, network, other):
+        super().__init__()
+        self.network, self.other = network, other
+
+    def forward(self, x):
+        pretended = self.other(x)
+        return self.network((x * 2.5).round() / 2.5) + pretended - pretended.detach()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_gradients_that_lie_are_seen_through_by_the_default(norm, share):
+    """`share` of the gradient is that of another network: the suite is as near as each attack in full."""
+    (images, labels), honest, stranger = digits(), digits_mlp(0), digits_mlp(1, 1.0)
+    images, labels = images[898:910], labels[898:910]
+    model = Pretending(honest, lambda x: share * stranger(x) + (1 - share) * honest(x)).eval()
+    how = {"norm": norm, "check": False}
+    found = attacks.smallest(model, images, labels, generator=seeded(0), **how).distances
+    right = found > 0
+    for name in ("fab", "pgd", "boundary", "logbarrier"):
+        alone = attacks.distance(images, run(name, model, images, labels, norm=norm), norm)
+        assert found[right].mean() <= 1.01 * alone[right].mean(), name
+
+
 def test_l1_and_unknown_norms_are_refused():
     model, (images, labels) = digits_mlp(0), digits()
     for name in (*attacks.SUITE, "smallest"):
         with pytest.raises(ValueError, match="l2 or linf"):
             run(name, model, images[:4], labels[:4], norm="l1")
+
+
+# What does not decide changes no distance ------------------------------------------------------------------
+
+
+class Through(nn.Module):
+    """A network between two functions."""
+
+    def __init__(self, network, after=lambda logits: logits, before=lambda x: x):
+        super().__init__()
+        self.network, self.after, self.before = network, after, before
+
+    def forward(self, x):
+        return self.after(self.network(self.before(x)))
+
+
+class Autocast(Through):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+def masked(value, count=1):
+    return lambda logits: torch.cat([logits, logits.new_full((len(logits), count), value)], dim=1)
+
+
+UNDECIDING = {  # what is done to a network, and the roundoff of its logits
+    "offset": (lambda net, c: Through(net, lambda logits: logits + c), 2**-24),
+    "offset, bfloat16": (lambda net, c: Through(net, lambda logits: (logits + c / 100).bfloat16()), 2**-9),
+    "classes at -1e4": (lambda net, _: Through(net, masked(-1e4, 3)), 2**-24),
+    "class at -1e9": (lambda net, _: Through(net, masked(-1e9)), 2**-24),
+    "class at -inf": (lambda net, _: Through(net, masked(-torch.inf)), 2**-24),
+    "float16": (lambda net, _: Through(net, torch.Tensor.half), 2**-12),
+    "bfloat16": (lambda net, _: Through(net, torch.Tensor.bfloat16), 2**-9),
+    "autocast": (lambda net, _: Autocast(net), 2**-9),
+    "autocast, float32 out": (lambda net, _: Autocast(net, torch.Tensor.float), 2**-9),
+}
+
+
+@pytest.mark.parametrize("how", UNDECIDING)
+@given(
+    seed=seeds, norm=st.sampled_from(NORMS), c=st.floats(-1000, 1000), name=st.sampled_from(["fab", "pgd", "smallest"])
+)
+@example(seed=1, norm="l2", c=0.0, name="fab")  # the two logits of an image are short in float16, by chance
+@settings(examples, max_examples=3)
+def test_what_does_not_decide_changes_no_distance(how, seed, norm, c, name):
+    """Beyond the rounding of the two logits that are compared: on linear networks the distances are known."""
+    generator = seeded(seed)
+    network = linear(generator, 10, 64)
+    images = 0.3 + 0.4 * torch.rand(6, 64, generator=generator)
+    logits = network(images)
+    labels = logits.argmax(1)
+    change, roundoff = UNDECIDING[how]
+    options = {"fab": {"targets": 3, "restarts": 0}, "smallest": {"attacks": ["logbarrier"], "check": False}}.get(
+        name, {}
+    )
+    found = run(name, change(network, c).eval(), images, labels, norm=norm, seed=seed, **options)
+    found = attacks.distance(images, found.adversarial if name == "smallest" else found, norm)
+    exact = closed_form(network, images, labels, norm)
+    slope = torch.pdist(network.weight, 2 if norm == "l2" else 1).min()  # of the difference of two logits
+    offset = {"offset": abs(c), "offset, bfloat16": abs(c) / 100}.get(how, 0)
+    rounded = 8 * roundoff * (logits.abs().amax(1) + offset) / slope
+    assert ((found - exact).abs() <= 0.01 * exact + rounded + 1e-6).all()
+
+
+class Noisy(nn.Module):
+    """Every call adds noise, of a standard deviation that is a share of the image's largest logit."""
+
+    def __init__(self, network, share):
+        super().__init__()
+        self.network, self.share, self.generator = network, share, seeded(3)
+
+    def forward(self, x):
+        logits = self.network(x)
+        noise = torch.randn(logits.shape, generator=self.generator)
+        return logits + self.share * logits.abs().amax(1, keepdim=True) * noise
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_slightly_random_network_gets_distances_at_which_it_errs_reliably(norm):
+    network, (images, labels) = digits_mlp(0), digits()
+    images, labels = images[898:910], labels[898:910]
+    model, suite = Noisy(network, 1e-3).eval(), ["pgd"]
+    result = attacks.smallest(model, images, labels, norm=norm, attacks=suite, generator=seeded(0))
+    wrong = [model(result.adversarial).argmax(1) != labels for _ in range(50)]
+    assert (torch.stack(wrong).double().mean(0) >= 0.95).all()
+    without = attacks.smallest(network, images, labels, norm=norm, attacks=suite, generator=seeded(0)).distances
+    assert ((result.distances - without).abs() <= 0.02 * without.mean() + 0.05 * without).all()
+    with pytest.raises(ValueError, match=r"random|depend on the rest"):
+        attacks.check_model(Noisy(network, 0.1).eval(), images, labels)
+
+
+class Rounding(nn.Module):
+    """Its logits are a little off in every batch of another size, by more than the attacks allow for."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x) * torch.linspace(1, 1 + 1e-4 * len(x), 10)
+
+
+def test_adversarial_images_hold_in_other_company():
+    network, (images, labels) = digits_mlp(0), digits()
+    images, labels = images[898:918], labels[898:918]
+    model = Rounding(network).eval()
+    for name in ("logbarrier", "boundary", "smallest"):
+        found = run(name, model, images, labels, norm="l2", **({"attacks": ["pgd"]} if name == "smallest" else {}))
+        found = found.adversarial if name == "smallest" else found
+        for parts in (1, 4, 20):
+            logits = torch.cat([model(x) for x in found.chunk(parts)])
+            assert (logits.argmax(1) != labels).all()
+    inside = attacks.pgd(model, images, labels, norm="l2", eps=0.4, generator=seeded(0))
+    assert (attacks.distance(images, inside, "l2") <= 0.4).all()
+
+
+def test_a_network_may_work_in_place():
+    generator = seeded(0)
+    network = linear(generator, 3, 12)
+    images = torch.rand(5, 12, generator=generator)
+    labels, given = network(images - 0.5).argmax(1), images.clone()
+    in_place, copied = (Through(network, before=before).eval() for before in (lambda x: x.sub_(0.5), lambda x: x - 0.5))
+    for name in ("pgd", "boundary", "logbarrier", "smallest"):
+        options = {"norm": "l2"} | ({"attacks": ["pgd"]} if name == "smallest" else {})
+        one, other = (run(name, model, images, labels, **options) for model in (in_place, copied))
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(images, given)
+    how = {"norm": "l2", "eps": 0.1, "loss": gradreg.cross_entropy}
+    assert torch.equal(run("pgd", in_place, images, labels, **how), run("pgd", copied, images, labels, **how))
 
 
 # What may not be measured ----------------------------------------------------------------------------------
@@ -534,7 +732,7 @@ def inputs():
         ("batch", "depend on the rest of the batch"),
         ("random", "random"),
         ("cut", "gradients are exactly zero"),
-        ("flat", "logits must be"),
+        ("flat", "must return logits"),
     ],
 )
 def test_broken_models_are_refused(fault, message):
@@ -553,9 +751,11 @@ def test_nonsense_inputs_are_refused():
     for wrong in (labels + 1, labels - 1):
         with pytest.raises(ValueError, match=r"labels must be in 0 .. 2"):
             attacks.check_model(model, images, wrong)
-    for wrong in (labels[:3], labels.float(), labels[:, None]):
-        with pytest.raises(ValueError, match="labels must be int64"):
+    for wrong in (labels[:3], labels.float(), labels[:, None], labels.numpy(), labels.tolist()):
+        with pytest.raises(ValueError, match="labels must be an int64 tensor"):
             attacks.check_model(model, images, wrong)
+    with pytest.raises(ValueError, match="images must be a float32 or float64 tensor"):
+        attacks.check_model(model, images.numpy(), labels)
     with pytest.raises(ValueError, match="classes > topk"):
         attacks.check_model(model, images, labels, topk=3)
     for part in (model, nn.Sequential(nn.Sequential(nn.Dropout(), model).eval()[0].train(), model)):
@@ -584,3 +784,109 @@ def test_a_few_zero_gradients_are_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attacks.check_model(Partly().eval(), images[1:], torch.tensor([0, 0]))
+
+
+def no_gradient(kind):
+    """A linear network that decides as any other, and lets no gradient through."""
+    network = linear(seeded(0), 3, 8)
+    if kind == "quantised":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.ao.quantization.quantize_dynamic(nn.Sequential(network), {nn.Linear}, dtype=torch.qint8).eval()
+    model = Through(network.requires_grad_(kind == "detached inside"), before=torch.Tensor.detach).eval()
+    forbidden = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode()}
+    if kind in forbidden:
+        model.forward = forbidden[kind](model.forward)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel:UserWarning")
+@pytest.mark.parametrize("kind", ["detached", "detached inside", "no_grad", "inference_mode", "quantised"])
+def test_networks_without_gradients_are_attacked_by_decisions_alone(kind):
+    model, (images, _) = no_gradient(kind), inputs()
+    labels = model(images).argmax(1)
+    attacks.check_model(model, images, labels, gradients=False)
+    found = attacks.smallest(model, images, labels, norm="l2", attacks=["boundary"], generator=seeded(0)).distances
+    exact = closed_form(linear(seeded(0), 3, 8), images, labels, "l2")
+    assert (found <= 1.1 * exact + 0.02).all()  # the quantised weights are a little off
+    assert (found >= 0.9 * exact - 0.02).all()
+    for name in (*WHITE_BOX, "smallest", "check_model"):
+        options = {} if name == "check_model" else {"norm": "l2"}
+        with pytest.raises(ValueError, match="no gradient comes through the model"):
+            getattr(attacks, name)(model, images, labels, **options)
+
+
+@pytest.mark.parametrize(
+    "output", [lambda x: (x,), lambda x: {"logits": x}, lambda x: x[:, 0], lambda x: x[:1], lambda x: None]
+)
+def test_outputs_that_are_no_logits_are_refused_in_one_line(output):
+    images, labels = inputs()
+    model = Through(Broken(None), after=output).eval()
+    for name in (*attacks.SUITE, "smallest"):
+        with pytest.raises(ValueError, match=r"the model must return logits \(images, classes\) for 6 images") as error:
+            run(name, model, images, labels, norm="l2")
+        assert "\n" not in str(error.value)
+
+
+def test_what_was_asked_for_is_named():
+    (images, labels), model = inputs(), Broken(None).eval()
+    how = {"norm": "l2"}
+    for wrong in (["cw"], [], "fab", ["fab", "FAB"]):  # with no attack every network would be robust
+        with pytest.raises(
+            ValueError, match=f"fab, pgd, boundary, logbarrier, carlini_wagner, not {re.escape(repr(wrong))}"
+        ):
+            attacks.smallest(model, images, labels, attacks=wrong, **how)
+    for wrong in ("8/255", torch.full((6, 1), 0.1), torch.full((5,), 0.1), torch.full((6,), -0.1)):
+        with pytest.raises(ValueError, match=r"^eps must be .*$"):
+            attacks.pgd(model, images, labels, eps=wrong, **how)
+    with pytest.raises(ValueError, match=r"int64.* not torch.int32 of shape \(6,\)"):
+        attacks.smallest(model, images, labels.int(), **how)
+    for wrong in (math.nan, -0.1, math.inf):
+        with pytest.raises(ValueError, match="step_size must be finite"):
+            attacks.pgd(model, images, labels, eps=0.1, step_size=wrong, loss=gradreg.cross_entropy, **how)
+        with pytest.raises(ValueError, match=r"start must be .* in \[0, 1\]"):
+            attacks.fab(model, images, labels, start=images + wrong * 10, **how)
+    for wrong in ({"budget": math.nan}, {"budget": 9.5}, {"patience": 0}):
+        with pytest.raises(ValueError, match="budget must be at least 10 and patience positive"):
+            attacks.smallest(model, images, labels, **wrong, **how)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), model).eval()
+    model[1].train()
+    with pytest.raises(ValueError, match=r"a part of the model \(1\) is in training mode"):
+        attacks.fab(model, images, labels, **how)
+
+
+anything = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, -0.1, 0.0, 1e-45, 1e300]), st.floats(-2, 2))
+
+
+@given(
+    name=st.sampled_from([*attacks.SUITE, "refine", "smallest", "pgd on a loss"]),
+    norm=st.sampled_from(NORMS),
+    seed=seeds,
+    low=anything,
+    high=anything,
+    eps=st.none() | anything,
+    wrong=st.booleans(),
+)
+@settings(examples, max_examples=40)
+def test_an_answer_or_one_line_for_any_box_and_any_eps(name, norm, seed, low, high, eps, wrong):
+    generator = seeded(seed)
+    model = linear(generator, 3, 6)
+    images = torch.rand(3, 6, generator=generator)
+    images = low + (high - low) * images if wrong else images
+    labels = torch.tensor([0, 1, 2])
+    options = {"fab": {"restarts": 0}, "smallest": {"attacks": ["pgd"]}, "refine": {"start": images.flip(0)}}.get(
+        name, {}
+    )
+    if in_ball := name.startswith("pgd"):
+        options = {"eps": eps, "steps": 5} | ({"loss": gradreg.cross_entropy} if name == "pgd on a loss" else {})
+    in_box = bool(((images >= 0) & (images <= 1)).all())
+    if not in_box or (eps is None and name == "pgd on a loss") or (in_ball and not 0 <= (eps or 0) < math.inf):
+        with pytest.raises(ValueError, match=r"must be|give eps") as error:
+            run(name.split()[0], model, images, labels, norm=norm, **options)
+        assert "\n" not in str(error.value)
+        return
+    found = run(name.split()[0], model, images, labels, norm=norm, **options)
+    found = found.adversarial if name == "smallest" else found
+    assert ((found >= 0) & (found <= 1)).all()
+    if in_ball and eps is not None:
+        assert (attacks.distance(images, found, norm) <= eps).all()
