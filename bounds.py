@@ -11,7 +11,7 @@ The proposition is a theorem; L and omega are not known, and this is where a bou
 estimate them, each of which returns an `Estimate`, from the most faithful to the most useful:
 
     estimate_by_sampling     random v, maxima over batches, a GEV distribution: the paper's.  In high dimension
-                             random v find next to nothing; expect a large share of false omega-bounds.
+                             random v find next to nothing; a large share of the omega-bounds can be false.
     estimate_by_ascent       gradient ascent towards the worst v.  Still a supremum seen from below, but of the
                              right size.  Needs no attack.
     estimate_by_calibration  the smallest modulus t eps^q whose bounds are false for a share alpha of images at
@@ -46,7 +46,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from gradreg import LossFn, Norm, column, dual_norm, input_gradient, project, steepest, uniform_ball, vector_norm
+import gradreg
+from gradreg import LossFn, Norm, column, dual_norm, gradient, input_gradient, vector_norm
 
 Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 Loss = Literal["probabilities", "logits"]
@@ -60,10 +61,13 @@ def margin_loss(logits: Tensor, labels: Tensor, topk: int = 1, *, loss: Loss = "
     """The k-th largest of the other classes minus the label's (N,): negative iff the label is in the top k.
 
     loss="probabilities": of the softmax, in [-1, 1], Section 2's modified Carlini-Wagner loss; "logits": of the
-    logits themselves.  A tie gives 0 and counts as misclassified.
+    logits themselves.  A tie gives 0 and counts as misclassified.  A class whose logit is -inf or very low cannot win
+    and changes nothing.  ValueError, in one line, for what are not logits (N, classes > topk) of these labels.
     """
     if loss not in ("probabilities", "logits"):
         raise ValueError(f"loss must be probabilities or logits, not {loss!r}")
+    _check_logits(logits, labels, topk)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # differences of 16-bit logits, in 32 bits
     scores = logits.softmax(dim=1) if loss == "probabilities" else logits
     label = scores.gather(1, labels[:, None])[:, 0]
     others = scores.scatter(1, labels[:, None], -torch.inf)
@@ -109,16 +113,17 @@ def margins(
 
     Column j belongs to the class that is (topk + j)-th largest of the others.  One rival is Section 2.  With
     more, a bound is the smallest over the rivals: calibrated, it is much tighter, because the runner-up at x is
-    often not the class that is nearest to x.  Raises ValueError for a model in training mode.
+    often not the class that is nearest to x.  Raises ValueError, in one line, for a model in training mode, images
+    outside [0, 1], and whatever else bounds cannot speak about.
     """
-    _refuse_training(model)
+    _check(model, images, labels)
     losses, norms = [], []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = model(x)
             columns = [margin_loss(logits, y, topk + j, loss=loss) for j in range(rivals)]
-            grads = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in columns]
+            grads = [gradient(column, x, retain_graph=True) for column in columns]
         losses.append(torch.stack(columns, 1).detach())
         norms.append(torch.stack([dual_norm(grad, norm) for grad in grads], 1))
     return Margins(torch.cat(losses), torch.cat(norms), norm, topk, loss)
@@ -202,10 +207,14 @@ def violations(bounds: Tensor, distances: Tensor) -> Violations:
     """Count the bounds (N,) that are false because an adversarial image is nearer: bound > distance (N,).
 
     distances: of real adversarial images, 0 if misclassified, infinite where none is known (not counted as
-    violated, and left out of worst and tightness).  The rate is a lower estimate: as good as the attacks.
+    violated, and left out of worst and tightness).  A bound that exceeds its distance by less than 1e-6 of it does not
+    count: both are made of float32 logits, and where a bound is sharp their rounding decides.  The rate is a lower
+    estimate, as good as the attacks, and its interval is that of these bounds on other images: another draw of the
+    estimate has another rate.
     """
     bounds, distances = bounds.double(), distances.to(bounds.device).double()
-    count, n = int((bounds > distances).sum()), len(bounds)
+    _check_distances(distances, len(bounds))
+    count, n = int((bounds > distances * (1 + 1e-6)).sum()), len(bounds)
     known = distances.isfinite()
     ratios = (bounds / distances)[known & (distances > 0)]
     interval = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact")
@@ -216,14 +225,11 @@ def violations(bounds: Tensor, distances: Tensor) -> Violations:
 
 def _check_match(margins: Margins, estimate: Estimate) -> None:
     if margins.zero_gradients > 0.01:
-        share = f"{100 * margins.zero_gradients:.1f} %"
-        raise MaskedGradientsError(
-            f"{share} of the gradients of the {margins.loss} margin are exactly zero: no bound follows from them"
-        )
-    for name in ("norm", "topk", "loss"):
-        ours, theirs = getattr(margins, name), getattr(estimate, name)
-        if ours != theirs:
-            raise ValueError(f"the margins have {name} {ours!r}, the estimate has {theirs!r}")
+        share = f"{margins.zero_gradients:.1%} of the gradients of the {margins.loss} margin"
+        raise MaskedGradientsError(f"{share} are exactly zero: no bound follows from them")
+    ours, theirs = ((m.norm, m.topk, m.loss) for m in (margins, estimate))
+    if ours != theirs:
+        raise ValueError(f"the margins have the norm, topk and loss {ours}, the estimate has {theirs}")
     if margins.losses.shape[1] < estimate.rivals:
         raise ValueError(f"the estimate holds for margins with {estimate.rivals} rivals or more")
 
@@ -248,26 +254,29 @@ def estimate_by_sampling(
 ) -> Estimate:
     """The paper's estimate, a quantile of fitted batch maxima: NOT an upper bound, often far below the truth.
 
-    A block is block_size images, drawn with replacement, and a random v for each, uniform in the ball; its
-    maxima are the largest gradient norm, and the largest bracket of (5) at each radius.  A GEV distribution is
-    fitted to the blocks' maxima; L and omega are the values that it exceeds with probability p, and never less
-    than the largest value seen.  x + v may leave [0, 1].  `gevs[i].status` says whether a fit is to be trusted.
-    Cost: blocks * block_size * (K + 1) images forward (plus `default_radii` without eps), and one in K + 1 of
-    them backward.
+    A block is block_size images, drawn with replacement, and a random v for each, uniform in the ball; its maxima are
+    the largest gradient norm, and the largest bracket of (5) at each radius.  A GEV distribution is fitted to the
+    blocks' maxima; L and omega are the values that it exceeds with probability p, and never less than the largest
+    value seen.  The GEV, its likelihood and p are the paper's words; one v an image and block, its law, 100 blocks of
+    64, and that x + v may leave [0, 1], are our reading of one sentence.  Another draw gives another omega, and
+    another share of false bounds: look at several.  `gevs[i].status` says whether a fit is to be trusted.
+    Cost: blocks * block_size * (K + 1) images forward (plus `default_radii` without eps), one in K + 1 backward.
     """
-    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else eps.to(images)
-    model, images = _precise(model, images, eps, norm)
+    if min(blocks, block_size) < 1 or not 0 < p < 1:
+        raise ValueError(f"blocks of one image or more, and 0 < p < 1: not {blocks} of {block_size} with p = {p}")
+    model, images, eps = _prepare(model, images, labels, eps, norm, topk)
     maxima, cost = [], block_size * (len(eps) + 1)
     for block in range(blocks):
         index = torch.randint(len(images), (block_size,), generator=generator, device=images.device)
         x, loss_fn = images[index], _loss_fn(model, labels[index], topk, loss)
         start, grad = input_gradient(loss_fn, x)
-        v = uniform_ball(x, norm, generator)
+        v = gradreg.uniform_ball(x, norm, generator)
         slope = (v * grad).flatten(1).sum(1)
         with torch.no_grad():
             brackets = [(loss_fn(x + r * v) - start - r * slope).max() for r in eps.tolist()]  # eq. (5)
         maxima.append(torch.stack([dual_norm(grad, norm).max(), *brackets]))
-        _report(progress, (block + 1) * cost, blocks * cost)
+        if progress:
+            progress((block + 1) * cost, blocks * cost)
     gevs = tuple(fit_gev(column) for column in torch.stack(maxima, 1).double().cpu().numpy())
     lipschitz, *omega = (gev.level(p) for gev in gevs)
     omega = eps.new_tensor(omega).clamp_min(0)  # v = 0 is in every ball
@@ -303,8 +312,9 @@ def estimate_by_ascent(
     Cost: K (1 + restarts + known) (steps + 1) + 1 forward passes per image (and 1 in `default_radii` without
     eps), nearly as many backward.
     """
-    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else eps.to(images)
-    model, images = _precise(model, images, eps, norm)
+    if any(points.shape != images.shape for points in known):
+        raise ValueError(f"known points must be like the images, {tuple(images.shape)}")
+    model, images, eps = _prepare(model, images, labels, eps, norm, topk)
     each = len(eps) * (1 + restarts + len(known)) * (steps + 1) + 1
     found, done = [], 0
     for rows in torch.arange(len(images), device=images.device).split(batch_size):
@@ -312,7 +322,8 @@ def estimate_by_ascent(
         loss_fn = _loss_fn(model, labels[rows], topk, loss)
         found.append(_probe(loss_fn, images[rows], points, eps, norm, steps, restarts, generator))
         done += len(rows)
-        _report(progress, done * each, len(images) * each)
+        if progress:
+            progress(done * each, len(images) * each)
     losses, _, slopes, brackets = (torch.cat(parts) for parts in zip(*found, strict=True))
     correct = _some(losses < 0)
     lipschitz, omega = float(slopes[correct].max()), brackets[correct].amax(0).to(eps)
@@ -337,6 +348,9 @@ def estimate_by_calibration(
     """
     gaps, grad_norms = -margins.losses.double(), margins.grad_norms.double()
     distances = distances.to(gaps)
+    _check_distances(distances, len(gaps))
+    if not (0 < alpha < 1 and exponent > 0):
+        raise ValueError(f"0 < alpha < 1 and a positive exponent are needed, not {alpha} and {exponent}")
     at_risk = (gaps > 0).all(1) & distances.isfinite()
     d = distances[:, None]
     scores = ((gaps - d * grad_norms) / d**exponent).amin(1).where(at_risk, -torch.inf)
@@ -375,8 +389,7 @@ def omega_statistics(
 
     One ascent from +g, carried on from radius to radius: K (steps + 1) + 1 forward passes of the whole batch.
     """
-    radii = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
-    model, images = _precise(model, images, radii, norm)
+    model, images, radii = _prepare(model, images, labels, eps, norm, topk)
     loss_fn = _loss_fn(model, labels, topk, loss)
     _, grad_norms, _, brackets = _probe(loss_fn, images, [], radii, norm, steps, 0, None)
     return OmegaStatistics(brackets.amax(0).tolist(), float(grad_norms.mean()), float(grad_norms.max()))
@@ -388,6 +401,8 @@ def default_radii(
     """Radii (count,), geometric, from 1/20 of to 4 times the median distance to where the linearised margin is 0."""
     m = margins(model, images, labels, norm=norm, topk=topk)
     median = (-m.losses / m.grad_norms)[_some(m.losses < 0)].median()
+    if median.isinf():
+        raise MaskedGradientsError("half of the gradients of the margin or more are exactly zero: no radius follows")
     return median * torch.logspace(math.log10(1 / 20), math.log10(4), count).to(images)
 
 
@@ -405,54 +420,79 @@ def _conformal_quantile(scores: Tensor, alpha: float) -> float:
     return float(scores.topk(k).values[-1])
 
 
-def _report(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress(done, total)
-
-
 def _loss_fn(model: Model, labels: Tensor, topk: int, loss: Loss) -> LossFn:
     return lambda x: margin_loss(model(x), labels, topk, loss=loss)
 
 
-def _precise(model: Model, images: Tensor, eps: Tensor, norm: Norm) -> tuple[Model, Tensor]:
-    """Float64 where a radius is below 1e-2 in l2: the bracket of (5) cancels digits (float32: 40x off at 1e-4)."""
-    _refuse_training(model)
-    smallest = float(eps.min()) * (math.sqrt(images[0].numel()) if norm == "linf" else 1)
+def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk: int) -> tuple[Model, Tensor, Tensor]:
+    """Model, images and radii (`default_radii` for None) of an estimate, checked, in the precision that it needs.
+
+    That is float64 where a radius is below 1e-2 in l2: the bracket of (5) cancels digits (float32: 40x off at 1e-4).
+    """
+    _check(model, images, labels)
+    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else torch.as_tensor(eps).to(images)
+    if not (len(eps) and eps[0] > 0 and eps[-1] < math.inf and (eps.diff() > 0).all()):
+        raise ValueError(f"the radii must be positive, finite and increase, not {eps.tolist()}")
+    smallest = float(eps[0]) * (math.sqrt(images[0].numel()) if norm == "linf" else 1)
     if smallest >= 1e-2 or images.dtype == torch.float64:
-        return model, images
+        return model, images, eps
     if not isinstance(model, torch.nn.Module):
         raise ValueError("radii below 1e-2 need float64: pass a torch.nn.Module, or float64 images")
-    return copy.deepcopy(model).double(), images.double()
+    return copy.deepcopy(model).double(), images.double(), eps
 
 
-def _refuse_training(model: Model) -> None:
-    if isinstance(model, torch.nn.Module) and any(part.training for part in model.modules()):
-        raise ValueError("the model is in training mode: call model.eval() first")
+# --- what bounds refuse, in one line ------------------------------------------------------------------------
 
 
-# --- points in balls ---------------------------------------------------------------------------------------
+def _check(model: Model, images: Tensor, labels: Tensor | None = None) -> None:
+    training = [name for name, part in getattr(model, "named_modules", tuple)() if part.training]
+    if training:
+        raise ValueError(f"the model is in training mode ({training[0] or 'all of it'}): call model.eval() first")
+    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64) and len(images)
+    if not (known and ((images >= 0) & (images <= 1)).all()):
+        raise ValueError("images must be a float32 or float64 tensor in [0, 1], at least one; normalise in the model")
+    known = isinstance(labels, Tensor)
+    if labels is not None and not (known and labels.shape == images.shape[:1] and labels.dtype == torch.int64):
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
+        raise ValueError(f"labels must be an int64 tensor, one for each of {len(images)} images, not {given}")
 
 
+def _check_distances(distances: Tensor, n: int) -> None:
+    if not n or distances.shape != (n,) or not (distances >= 0).all():
+        raise ValueError(f"distances must be {n} numbers of 0 or more, infinite where none is known: one an image")
+
+
+def _check_logits(logits: Tensor, labels: Tensor, topk: int) -> None:
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not (isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(labels) and 1 <= topk < shape[1]):
+        wanted = f"({len(labels)} images, more than {topk} classes)"
+        raise ValueError(f"the model must return logits {wanted}, not {shape}: wrap what returns something else")
+    if not (logits < torch.inf).all():
+        raise ValueError("the logits are not finite (-inf, for a class that cannot win, may be)")
+    if labels.min() < 0 or labels.max() >= shape[1]:
+        raise ValueError(f"labels must be in 0 .. {shape[1] - 1}, the model's classes")
+
+
+# --- gradient ascent on the margin -------------------------------------------------------------------------
+
+
+@torch.no_grad()  # but for `input_gradient`
 def _probe(loss_fn, x, points, eps, norm, steps, restarts, generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ascend at every radius: l(x) (N,), ||g||_* (N,), the largest slopes (N,) and brackets (N, K) met."""
     start, grad = input_gradient(loss_fn, x)
     grad_norms = dual_norm(grad, norm)
     slopes, brackets = grad_norms.clone(), x.new_zeros(len(x), len(eps))  # v = 0: neither can be less
-
-    def record(v: Tensor, losses: Tensor) -> None:
-        r, rise = vector_norm(v, norm), losses - start
-        slopes.copy_(torch.maximum(slopes, torch.where(r > 1e-3 * eps[0], rise / r, 0)))  # rounding over r
-        bracket = (rise - r * grad_norms)[:, None].where(r[:, None] <= eps, 0)  # every larger ball holds v
-        brackets.copy_(torch.maximum(brackets, bracket))
-
-    best = steepest(grad, norm)
+    best = gradreg.steepest(grad, norm)
     for radius in eps.tolist():
         highest = torch.full_like(start, -torch.inf)
         onward = best * (radius / column(vector_norm(best, norm).clamp_min(1e-30), x))
-        random = [radius * uniform_ball(x, norm, generator) for _ in range(restarts)]
+        random = [radius * gradreg.uniform_ball(x, norm, generator) for _ in range(restarts)]
         for first in (onward, *random, *points):
             for v, losses in _ascend(loss_fn, x, first, radius, norm, steps):
-                record(v, losses)
+                r, rise = vector_norm(v, norm), losses - start
+                slopes = torch.maximum(slopes, torch.where(r > 1e-3 * eps[0], rise / r, 0))  # rounding over r
+                bracket = (rise - r * grad_norms)[:, None].where(r[:, None] <= eps, 0)  # every larger ball holds v
+                brackets = torch.maximum(brackets, bracket)
                 best = torch.where(column(losses > highest, x), v, best)
                 highest = torch.maximum(losses, highest)
     return start, grad_norms, slopes, brackets
@@ -461,15 +501,12 @@ def _probe(loss_fn, x, points, eps, norm, steps, restarts, generator) -> tuple[T
 def _ascend(loss_fn: LossFn, x: Tensor, v: Tensor, radius: float, norm: Norm, steps: int):
     """Projected gradient ascent on l with linearly shrinking steps: yields v and l(x + v), steps + 1 times."""
     radius *= 1 - 1e-6  # so that the rounding of x + v - x does not push v out of its ball
-    for step in range(steps):
-        v = project(x + v, x, radius, norm) - x
-        losses, grad = input_gradient(loss_fn, x + v)
+    for step in range(steps + 1):
+        v = gradreg.project(x + v, x, radius, norm) - x
+        losses, grad = input_gradient(loss_fn, x + v) if step < steps else (loss_fn(x + v), None)
         yield v, losses
-        v = v + radius * (1 - step / steps) * steepest(grad, norm)
-    v = project(x + v, x, radius, norm) - x
-    with torch.no_grad():
-        losses = loss_fn(x + v)
-    yield v, losses
+        if step < steps:
+            v = v + radius * (1 - step / steps) * gradreg.steepest(grad, norm)
 
 
 # --- extreme values ----------------------------------------------------------------------------------------
@@ -513,9 +550,13 @@ class GEV:
         if self.scale == 0:
             return self.loc, self.loc
         sample = (self.maxima - self.loc) / self.scale  # the fit has loc 0 and scale 1 in these units
-        centre = float(_standard_quantile(p, self.xi))
+        centre, ends = float(_standard_quantile(p, self.xi)), []
         allowed = _negative_log_likelihood([self.xi, 0, 0], sample) + scipy.stats.chi2.ppf(level, 1) / 2
-        ends = [_crossing(lambda z: _profile(z, p, sample, self.xi) - allowed, centre, sign) for sign in (-1, 1)]
+        excess = lambda z: _profile(z, p, sample, self.xi) - allowed  # noqa: E731
+        for sign in (-1, 1):
+            outside = (z for k in range(-3, 30) if excess(z := centre + sign * 2.0**k) > 0)
+            end = next(outside, sign * math.inf)
+            ends.append(scipy.optimize.brentq(excess, centre, end, rtol=1e-4) if math.isfinite(end) else end)
         return self.loc + self.scale * ends[0], self.loc + self.scale * ends[1]
 
 
@@ -550,10 +591,9 @@ def _gumbel(sample: np.ndarray) -> np.ndarray:
 
 def _minimise(objective, start, *args, tol: float = 1e-9):
     """Nelder-Mead, and once more from where it stopped: the first simplex sometimes collapses early."""
-    options = {"xatol": tol, "fatol": tol, "maxiter": 4000, "maxfev": 4000}
     for _ in range(2):
         simplex = np.vstack([start, start + 0.1 * np.eye(len(start))])
-        options["initial_simplex"] = simplex
+        options = {"xatol": tol, "fatol": tol, "maxiter": 4000, "maxfev": 4000, "initial_simplex": simplex}
         result = scipy.optimize.minimize(objective, start, args, method="Nelder-Mead", options=options)
         start = result.x
     return result
@@ -572,9 +612,8 @@ def _negative_log_likelihood(x, sample: np.ndarray) -> float:
 
 
 def _standard_quantile(p, xi: float):
-    """The value that the GEV with loc 0 and scale 1 exceeds with probability p."""
-    gumbel = -np.log(-np.log1p(-np.asarray(p, dtype=float)))
-    return gumbel if abs(xi) < 1e-9 else np.expm1(xi * gumbel) / xi
+    """The value that the GEV with loc 0 and scale 1 exceeds with probability p: (y^-xi - 1) / xi, y = -log(1 - p)."""
+    return scipy.special.boxcox(-1 / np.log1p(-np.asarray(p, dtype=float)), xi)
 
 
 def _profile(z: float, p: float, sample: np.ndarray, xi: float) -> float:
@@ -586,14 +625,6 @@ def _profile(z: float, p: float, sample: np.ndarray, xi: float) -> float:
 
     starts = [np.array([k, s]) for k in (xi, xi - 0.2, xi + 0.2, 0.0) for s in (-0.3, 0.0, 0.5)]
     return _minimise(objective, min(starts, key=objective), tol=1e-5).fun
-
-
-def _crossing(excess, centre: float, sign: int) -> float:
-    """Where excess, negative at the centre, becomes positive on one side of it; infinite if it never does."""
-    for k in range(-3, 30):
-        if excess(centre + sign * 2.0**k) > 0:
-            return scipy.optimize.brentq(excess, centre, centre + sign * 2.0**k, rtol=1e-4)
-    return sign * math.inf
 
 
 # --- randomized smoothing ----------------------------------------------------------------------------------
@@ -627,14 +658,18 @@ def certify_smoothing(
     classifier, no radius exceeds cap = sigma Phi^-1(alpha^(1/n)).  x + noise may leave [0, 1], as in training
     with noise.  Cost: n0 + n forward passes per image.
     """
-    _refuse_training(model)
+    _check(model, images)
+    if not (0 < sigma < math.inf and 0 < alpha < 1 and min(n0, n, batch_size) >= 1):
+        given = f"{sigma}, {alpha}, {n0}, {n}, {batch_size}"
+        raise ValueError(f"sigma > 0, 0 < alpha < 1 and n0, n, batch_size of 1 or more are needed, not {given}")
     classes, lower = [], []
     for done, image in enumerate(images, start=1):
         chosen = int(_count_classes(model, image, n0, sigma, batch_size, generator).argmax())
         hits = int(_count_classes(model, image, n, sigma, batch_size, generator)[chosen])
         classes.append(chosen)
         lower.append(float(scipy.stats.beta.ppf(alpha, hits, n - hits + 1)) if hits else 0.0)
-        _report(progress, done * (n0 + n), len(images) * (n0 + n))
+        if progress:
+            progress(done * (n0 + n), len(images) * (n0 + n))
     radii = sigma * torch.special.ndtri(torch.tensor(lower, dtype=torch.float64))
     cap = sigma * float(scipy.special.ndtri(alpha ** (1 / n)))
     return Certificates(torch.tensor(classes).where(radii > 0, -1), radii.clamp_min(0), cap)
@@ -648,5 +683,6 @@ def _count_classes(model, image: Tensor, n: int, sigma: float, batch_size: int, 
         noise = torch.randn(shape, generator=generator, device=image.device, dtype=image.dtype)
         with torch.no_grad():
             logits = model(image + sigma * noise)
+        _check_logits(logits, torch.zeros(len(noise), dtype=torch.long), 1)
         counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu()
     return counts

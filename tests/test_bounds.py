@@ -2,19 +2,22 @@
 
 import copy
 import math
+import re
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import digits, digits_mlp, exact_linf_distance
 from torch import nn
 
 import attacks
 import bounds
-import gradreg
+from benchmarks import bounds as benchmark
 from bounds import (
     Estimate,
     certify_smoothing,
@@ -30,8 +33,8 @@ from bounds import (
     omega_statistics,
     violations,
 )
-from gradreg import uniform_ball
 
+ROOT = Path(__file__).resolve().parent.parent
 NORMS = ("l2", "linf", "l1")
 ORDER = {"l2": 2, "linf": math.inf, "l1": 1}
 DUAL = {"l2": 2, "linf": 1, "l1": math.inf}
@@ -50,11 +53,11 @@ def linear_network(weight, bias, dtype=torch.float64):
     return network.eval()
 
 
-def two_class_line(seed, d=6):
+def two_class_line(seed, d=6, count=40):
     """A linear two-class network, images well inside [0, 1], labels it agrees with, its margin and w."""
     draw = generator(seed)
     w = torch.randn(d, generator=draw, dtype=torch.float64)
-    images = 0.4 + 0.2 * torch.rand(40, d, generator=draw, dtype=torch.float64)
+    images = 0.4 + 0.2 * torch.rand(count, d, generator=draw, dtype=torch.float64)
     bias = -(images.mean(0) @ w)
     network = linear_network(torch.stack([torch.zeros_like(w), w]), torch.stack([0 * bias, bias]))
     signed = images @ w + bias
@@ -132,19 +135,156 @@ def test_margins_of_a_linear_network_are_those_of_its_weights(seed, norm, topk):
     assert torch.equal(found[3:5].losses, found.losses[3:5])
 
 
-def test_a_model_in_training_mode_is_refused_by_all():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout()).eval()
-    network[2].train()
-    images, labels = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
-    for call in (
-        lambda: margins(network, images, labels, norm="l2"),
-        lambda: estimate_by_ascent(network, images, labels, norm="l2", eps=torch.tensor([0.5])),
-        lambda: estimate_by_sampling(network, images, labels, norm="l2", eps=torch.tensor([0.5])),
-        lambda: omega_statistics(network, images, labels, norm="l2", eps=[0.5]),
-        lambda: certify_smoothing(network, images, sigma=1.0),
-    ):
-        with pytest.raises(ValueError, match="training mode"):
+class Changed(nn.Module):
+    """A network whose logits are passed through a function, or whose images are."""
+
+    def __init__(self, network, logits=lambda z: z, images=lambda x: x):
+        super().__init__()
+        self.network, self.logits, self.images = network, logits, images
+
+    def forward(self, x):
+        return self.logits(self.network(self.images(x)))
+
+
+def with_class(value):
+    return lambda z: torch.cat([z, torch.full_like(z[:, :1], value)], 1)
+
+
+@settings(max_examples=60)
+@given(seeds, norms, st.sampled_from([0.0, 1e2, -1e4]), st.sampled_from([None, -30.0, -1e9, -math.inf]), st.booleans())
+def test_offsets_losers_and_16_bit_logits_change_bounds_by_rounding_alone(seed, norm, offset, loser, half):
+    """Against exact distances: the same classifier, its logits shifted, a class appended that cannot win, rounded."""
+    network, images, labels, gaps, w = two_class_line(seed)
+    size = torch.linalg.vector_norm(w, DUAL[norm])
+    exact, dtype = gaps / size, torch.bfloat16 if half else torch.float32
+    images, offset = images.float(), offset / 1000 if half else offset
+    append = with_class(loser + offset) if loser is not None else (lambda z: z)
+    model = Changed(network.float(), lambda z: append(z + offset).to(dtype)).eval()
+    largest = abs(offset) + 2 * float(w.abs().sum())  # what is summed, on the way to a logit
+    rounding = 2 * torch.finfo(dtype).eps * largest
+    settings = {"norm": norm, "rivals": 2 if loser is not None else 1}
+    found = margins(model, images, labels, **settings)
+    assert found.losses.dtype == torch.float32
+    torch.testing.assert_close(found.losses[:, 0].double(), -gaps, rtol=1e-6, atol=rounding)
+    torch.testing.assert_close(found.grad_norms[:, 0].double(), size.expand(40), rtol=1e-5, atol=0)
+    eps = torch.linspace(0.05, 2, 4) * float(exact.max())
+    ascent = estimate_by_ascent(model, images, labels, norm=norm, eps=eps, steps=2, generator=generator())
+    assert ascent.omega.max() <= rounding + 1e-5
+    for bound in (omega_bound(found, ascent), lipschitz_bound(found, ascent)):
+        assert (bound.double() <= exact + (rounding + 1e-5) / size).all()
+    if not half:
+        assert (omega_bound(found, ascent).double() >= exact - (2 * rounding + 1e-5) / size).all()
+
+
+# --- what cannot be bounded is refused in one line -----------------------------------------------------------
+
+
+LINE = two_class_line(0)
+TRAINING = nn.Sequential(LINE[0], nn.Dropout()).eval()
+TRAINING[1].train()
+
+
+def with_gradient(network):
+    return copy.deepcopy(network).requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "labels", "message"),
+    [
+        (TRAINING, LINE[1], LINE[2], r"training mode \(1\)"),
+        (copy.deepcopy(LINE[0]).train(), LINE[1], LINE[2], r"training mode \(all of it\)"),
+        (LINE[0], 2 * LINE[1], LINE[2], r"in \[0, 1\]"),
+        (LINE[0], LINE[1] - 0.5, LINE[2], r"in \[0, 1\]"),
+        (LINE[0], LINE[1] * math.nan, LINE[2], r"in \[0, 1\]"),
+        (LINE[0], LINE[1][:0], LINE[2][:0], "at least one"),
+        (LINE[0], LINE[1].bfloat16(), LINE[2], "float32 or float64"),
+        (LINE[0], (255 * LINE[1]).byte(), LINE[2], "float32 or float64"),
+        (LINE[0], LINE[1], LINE[2].int(), r"int64 tensor, one for each of 40 images, not torch.int32"),
+        (LINE[0], LINE[1], LINE[2][:, None], r"not torch.int64 of shape \(40, 1\)"),
+        (LINE[0], LINE[1].numpy(), LINE[2], "float32 or float64 tensor"),
+        (LINE[0], LINE[1], LINE[2].tolist(), r"int64 tensor, .* not a list"),
+        (LINE[0], LINE[1], LINE[2] + 1, r"labels must be in 0 \.\. 1"),
+        (LINE[0], LINE[1], LINE[2] - 1, r"labels must be in 0 \.\. 1"),
+        (Changed(LINE[0], lambda z: (z, z)).eval(), LINE[1], LINE[2], "not tuple: wrap"),
+        (Changed(LINE[0], lambda z: {"logits": z}).eval(), LINE[1], LINE[2], "not dict: wrap"),
+        (Changed(LINE[0], lambda z: z[:, 0]).eval(), LINE[1], LINE[2], r"not \(40,\): wrap"),
+        (Changed(LINE[0], lambda z: z[:, :1]).eval(), LINE[1], LINE[2], r"not \(40, 1\): wrap"),
+        (Changed(LINE[0], lambda z: z[:5]).eval(), LINE[1], LINE[2], r"not \(5, 2\): wrap"),
+        (Changed(LINE[0], lambda z: z * math.nan).eval(), LINE[1], LINE[2], "not finite"),
+        (Changed(LINE[0], lambda z: z + math.inf).eval(), LINE[1], LINE[2], "not finite"),
+        (Changed(LINE[0], images=lambda x: x.detach()).eval(), LINE[1], LINE[2], "no gradient comes through"),
+        (Changed(with_gradient(LINE[0]), images=lambda x: x.detach()).eval(), LINE[1], LINE[2], "no gradient comes"),
+        (torch.no_grad()(lambda x: LINE[0](x)), LINE[1], LINE[2], "no gradient comes through"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_bounded_is_refused_in_one_line(model, images, labels, message):
+    how = {"norm": "l2", "eps": torch.tensor([0.5])}
+    calls = [
+        lambda: margins(model, images, labels, norm="l2"),
+        lambda: bounds.default_radii(model, images, labels, norm="l2"),
+        lambda: estimate_by_ascent(model, images, labels, **how),
+        lambda: estimate_by_sampling(model, images, labels, block_size=len(labels) or 1, **how),
+        lambda: omega_statistics(model, images, labels, **how),
+    ]
+    if "label" not in message and "int64" not in message and "gradient" not in message:
+        calls.append(lambda: certify_smoothing(model, images, sigma=1.0, n0=40, batch_size=40))
+    for call in calls:
+        with pytest.raises(ValueError, match=message) as refused:
             call()
+        assert "\n" not in str(refused.value)
+
+
+FOUND = bounds.Margins(-torch.ones(200, 1), torch.ones(200, 1), "l2", 1, "logits")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *[
+            (lambda how=how: certify_smoothing(LINE[0], LINE[1], **{"sigma": 0.5, **how}), "sigma > 0, 0 < alpha < 1")
+            for how in (
+                {"sigma": -1}, {"sigma": 0}, {"sigma": math.nan}, {"sigma": math.inf}, {"alpha": 1.5}, {"alpha": 0},
+                {"alpha": math.nan}, {"n": 0}, {"n0": 0}, {"batch_size": 0},
+            )
+        ],
+        *[
+            (lambda eps=eps: estimate_by_ascent(*LINE[:3], norm="l2", eps=torch.tensor(eps)), "radii must be positive")
+            for eps in ([], [-0.1, 0.5], [0.0, 0.5], [0.5, 0.5], [0.5, 0.4], [0.1, math.nan], [0.1, math.inf])
+        ],
+        *[
+            (lambda how=how: estimate_by_sampling(*LINE[:3], norm="l2", eps=torch.ones(1), **how), message)
+            for how, message in (
+                ({"p": 0}, "0 < p < 1"), ({"p": 1.5}, "0 < p < 1"), ({"blocks": 0}, "blocks of one image"),
+                ({"block_size": 0}, "blocks of one image"), ({"blocks": 4}, "5 finite maxima"),
+            )
+        ],
+        (lambda: estimate_by_ascent(*LINE[:3], norm="l2", known=[LINE[1][:3]]), "known points must be like the images"),
+        (lambda: margins(*LINE[:3], norm="l2", topk=2), "more than 2 classes"),
+        (lambda: margins(*LINE[:3], norm="l2", topk=0), "more than 0 classes"),
+        (lambda: margins(*LINE[:3], norm="l2", rivals=2), "more than 2 classes"),
+        (lambda: margins(*LINE[:3], norm="L2"), "norm must be one of"),
+        *[
+            (lambda how=how: estimate_by_calibration(FOUND, torch.ones(200), **how), "0 < alpha < 1 and a positive")
+            for how in ({"alpha": 1.5}, {"alpha": 0}, {"alpha": -1}, {"alpha": math.nan}, {"exponent": 0})
+        ],
+        *[
+            (lambda use=use, d=d: use(d), "distances must be")
+            for use in (lambda d: estimate_by_calibration(FOUND, d), lambda d: violations(torch.ones(200), d))
+            for d in (torch.ones(199), torch.ones(200, 1), -torch.ones(200), torch.full((200,), math.nan))
+        ],
+        (lambda: violations(torch.ones(0), torch.ones(0)), "distances must be"),
+    ],
+)  # fmt: skip
+def test_arguments_without_a_meaning_are_refused_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+def test_radii_do_not_follow_from_gradients_that_are_zero():
+    model = Changed(LINE[0], images=lambda x: torch.where(torch.arange(40)[:, None] < 30, x.detach(), x)).eval()
+    with pytest.raises(bounds.MaskedGradientsError, match="half of the gradients"):
+        bounds.default_radii(model, LINE[1], LINE[2], norm="l2")
 
 
 # --- Proposition 2.2 ---------------------------------------------------------------------------------------
@@ -183,6 +323,7 @@ def test_inversion_is_monotone_in_gap_gradient_and_omega(seed):
         assert (invert_omega(gaps, grads, eps, omega + bump) <= found).all()
 
 
+@settings(max_examples=40)
 @given(seeds, st.floats(1, 3))
 def test_steps_are_never_above_the_truth_where_omega_is_convex(seed, power):
     """The step inversion of a table is below the exact inversion, and below linear interpolation."""
@@ -208,6 +349,7 @@ def test_inversion_at_the_edges():
         invert_omega(gaps, grads, eps.flip(0), omega)
 
 
+@settings(max_examples=40)
 @given(seeds, norms)
 def test_a_linear_margin_has_no_omega_and_its_bounds_are_the_exact_distances(seed, norm):
     network, images, labels, gaps, w = two_class_line(seed)
@@ -221,6 +363,8 @@ def test_a_linear_margin_has_no_omega_and_its_bounds_are_the_exact_distances(see
         torch.testing.assert_close(bound, exact, rtol=1e-5, atol=1e-8)
 
 
+@settings(max_examples=40)
+@example(31645, "l2")  # a bound that is sharp: it exceeds the distance by 7e-11 of it
 @given(seeds, norms)
 def test_exact_moduli_of_a_linear_softmax_never_give_a_false_bound(seed, norm):
     """l = -tanh(u / 2), u the logits' margin: L and omega are suprema over one real variable, taken on a grid."""
@@ -382,15 +526,17 @@ def sandwich(lam, checked):
     return claims, exact, attack[450:]
 
 
-@pytest.mark.parametrize("lam", [0.0, *(pytest.param(lam, marks=pytest.mark.slow) for lam in (0.1, 1.0))])
-def test_sandwich_bound_below_exact_distance_below_attack(lam):
-    claims, exact, attack = sandwich(lam, checked=100)
+@pytest.mark.parametrize(
+    ("lam", "checked"), [(0.0, 50), *(pytest.param(lam, 100, marks=pytest.mark.slow) for lam in (0.0, 0.1, 1.0))]
+)
+def test_sandwich_bound_below_exact_distance_below_attack(lam, checked):
+    claims, exact, attack = sandwich(lam, checked)
     assert (exact <= attack + 1e-5).all()
     found = {name: violations(claim, exact) for name, claim in claims.items()}
     assert found["ascent"].count == 0
     assert found["ascent L"].count == 0
     assert found["calibration"].count <= 1
-    assert found["sampling"].count >= 5  # the paper's estimate, beside the others
+    assert found["sampling"].count >= 5  # one draw of the paper's estimate, beside the others
     assert found["ascent"].tightness > 0.5
     assert found["calibration"].tightness > 0.6
 
@@ -440,7 +586,7 @@ def test_calibration_takes_the_smallest_modulus_that_keeps_it():
 def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_probabilities():
     """Logits times 100: the classifier is the same, its softmax gradients are gone."""
     network, (images, labels) = copy.deepcopy(digits_mlp(0)).double(), digits()
-    images, labels = images[898:1198].double(), labels[898:1198]
+    images, labels = images[898:998].double(), labels[898:998]
     scaled = copy.deepcopy(network)
     scaled[2].weight.mul_(100)
     scaled[2].bias.mul_(100)
@@ -449,7 +595,7 @@ def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_prob
     for model in (network, scaled):
         found = margins(model, images, labels, norm="linf")
         ascent = estimate_by_ascent(model, images, labels, norm="linf", steps=4, generator=generator())
-        calibrated = estimate_by_calibration(found, distances)
+        calibrated = estimate_by_calibration(found, distances, alpha=0.02)
         results.append([omega_bound(found, e) for e in (ascent, calibrated)])
     for plain, times_100 in zip(*results, strict=True):
         torch.testing.assert_close(plain, times_100, rtol=1e-5, atol=1e-9)
@@ -502,6 +648,59 @@ def test_violations_by_hand():
     interval = scipy.stats.beta.ppf([0.025, 0.975], [1, 2], [5, 4])
     assert (found.low, found.high) == pytest.approx(tuple(interval), abs=1e-9)
     assert str(found).startswith("20.00 % of bounds false (1 of 5, 95 % interval 0.51 to 71.64)")
+    close = torch.tensor([1 + 1e-7, 1 + 1e-5, 1e-9], dtype=torch.float64)  # a rounding above; more; misclassified
+    assert violations(close, torch.tensor([1.0, 1.0, 0.0])).count == 2
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    """On a linear network, where the distance is the bound: none is false, and it is sharp."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bounds.md").read_text(), flags=re.DOTALL)
+    network, images, labels, gaps, w = two_class_line(0, count=240)
+    model = Changed(network, with_class(-5.0)).eval()  # three rivals need four classes
+    model = Changed(model, with_class(-6.0)).eval()
+    attacked = types.SimpleNamespace(distances=gaps / w.norm())
+    names = {"model": model, "images": images, "labels": labels, "others": images, "other_labels": labels}
+    exec(block, names | {"attacked": attacked, "attacked_others": attacked})
+    assert capsys.readouterr().out.startswith("0.00 % of bounds false (0 of 240")
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_and_the_interval_count_estimates_and_not_images():
+    of = lambda rate: violations(torch.arange(100.0) / 100 + rate, torch.ones(100))  # noqa: E731
+    found = [of(rate) for rate in (0.11, 0.31, 0.06, 0.21, 0.06)]
+    assert [f.count for f in found] == [10, 30, 5, 20, 5]
+    assert benchmark.spread(found) == "10.0 (5.0 to 30.0)"
+    mean, sd = np.mean([10, 30, 5, 20, 5]), np.std([10, 30, 5, 20, 5], ddof=1)
+    low, high = scipy.stats.t.interval(0.95, 4, mean, sd / math.sqrt(5))
+    assert benchmark.interval(found) == f"{mean:.2f} ({max(0, low):.2f} to {high:.2f})"
+    assert benchmark.interval(found[:1]) == "10.00"
+    assert benchmark.interval(found[:2]) == "20.00"  # too few
+    assert benchmark.interval(found[:1] * 9) == "10.00"  # that nine agree is no certainty
+    assert benchmark.interval([of(1.01)] * 4 + [of(0.01)]).endswith("to 100.00)")
+
+
+def test_draws_of_the_sampled_estimate_differ_by_their_seed_alone():
+    network, images, labels, gaps, w = two_class_line(0)
+    model, exact = Changed(network, torch.tanh).eval(), gaps / w.norm()
+    first, second = (benchmark.redraws(model, *[(images, labels)] * 2, exact, "l2", draws) for draws in (2, 1))
+    assert len(first) == 2
+    assert first[0] == second[0]
+    assert first[0].tightness != first[1].tightness
+
+
+def test_the_papers_table_1_contradicts_six_of_its_own_bounds():
+    """Where more images have an adversarial one within eps than have a bound below eps, some bound is false."""
+    found = {(name, eps): percent for name, eps, percent in benchmark.at_least_false()}
+    assert found == {
+        ("squared l1 (DBP) lambda=0.1", "2/255"): 15.94,
+        ("squared l1 (FD) lambda=0.1", "2/255"): 5.52,
+        ("squared l1 (FD) lambda=1 h=0.1", "8/255"): 3.39,
+        ("linf For Free AT m=2", "2/255"): 2.53,
+        ("squared l1 (DBP) lambda=1", "2/255"): 0.90,
+        ("linf 7-step AT eps=2/255", "2/255"): 0.78,
+    }
 
 
 # --- cost --------------------------------------------------------------------------------------------------
@@ -546,54 +745,6 @@ def test_estimates_state_what_they_cost():
     assert model.backwards == 6 * 8
 
 
-# --- points in balls ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("d", [1, 3, 50])
-def test_ball_samples_follow_the_radius_law(norm, d):
-    """Of a uniform point of a ball, ||v||^d is uniform on [0, 1]."""
-    v = uniform_ball(torch.zeros(4000, d, dtype=torch.float64), norm, generator(d))
-    radii = torch.linalg.vector_norm(v, ORDER[norm], dim=1)
-    assert scipy.stats.kstest((radii**d).numpy(), "uniform").pvalue > 1e-3
-    assert abs(float(v.mean())) < 0.05
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_ball_samples_match_rejection_from_the_cube(norm):
-    cube = torch.rand(40_000, 3, generator=generator(1), dtype=torch.float64) * 2 - 1
-    inside = cube[torch.linalg.vector_norm(cube, ORDER[norm], dim=1) <= 1][:4000]
-    v = uniform_ball(torch.zeros(4000, 3, dtype=torch.float64), norm, generator(2))
-    for ours, theirs in ((v[:, 0], inside[:, 0]), (v @ v.new_tensor([1, -2, 1]), inside @ v.new_tensor([1, -2, 1]))):
-        assert scipy.stats.ks_2samp(ours.numpy(), theirs.numpy()).pvalue > 1e-3
-
-
-@given(seeds, norms, st.floats(0.01, 3))
-def test_projection_stays_in_the_ball_and_the_box_and_is_nearest(seed, norm, radius):
-    draw = generator(seed)
-    x, v = torch.rand(6, 8, generator=draw, dtype=torch.float64), torch.randn(6, 8, generator=draw, dtype=torch.float64)
-    p = gradreg.project(x + v, x, radius, norm) - x
-    assert (torch.linalg.vector_norm(p, ORDER[norm], dim=1) <= radius * (1 + 1e-12)).all()
-    assert ((x + p >= 0) & (x + p <= 1)).all()
-    if norm == "l1":
-        nearest = gradreg._project_l1(v, torch.full((len(v),), radius))
-        others = radius * uniform_ball(v.repeat(50, 1), norm, draw).view(50, 6, 8)
-        better = (others - v).norm(dim=2) < (nearest - v).norm(dim=1) - 1e-9
-        assert not better.any()
-        sizes = nearest.abs().sum(1)
-        torch.testing.assert_close(sizes, v.abs().sum(1).clamp(max=radius))
-
-
-@given(seeds, norms)
-def test_steepest_steps_have_length_one(seed, norm):
-    grad = torch.randn(5, 3, 8, generator=generator(seed), dtype=torch.float64)
-    grad[0] = 0
-    step = gradreg.steepest(grad, norm)
-    sizes = torch.linalg.vector_norm(step.flatten(1), ORDER[norm], dim=1)
-    torch.testing.assert_close(sizes, torch.tensor([0.0, 1, 1, 1, 1], dtype=torch.float64))
-    assert ((grad * step).flatten(1).sum(1)[1:] > 0).all()
-
-
 # --- extreme values ----------------------------------------------------------------------------------------
 
 # Annual maximum sea levels at Port Pirie, 1923-1987, in metres (Coles 2001, Section 3.4.1).
@@ -624,7 +775,7 @@ def draw_gev(xi, n, seed, loc=0.0, scale=1.0):
     return scipy.stats.genextreme.rvs(-xi, loc, scale, size=n, random_state=seed)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(seeds, tails(-0.6, 0.8), st.integers(20, 300))
 def test_no_search_of_scipys_likelihood_finds_better(seed, xi, n):
     """Independent density, several starts, on standardised data: our fit's likelihood is the highest with xi >= -1."""
