@@ -8,6 +8,7 @@ names that are fixed: killed and started again it goes on where it was.  It ends
 the seeds (lowest to highest seed in brackets), and Spearman's rank correlation of each column with the paper's.
 On digits, whose images have 64 pixels, adversarial training uses eps 0.03 and 0.1 in the place of 2/255 and 8/255, and
 errors at 8/255 and 32/255 stand where the paper has 2/255 and 8/255; the finite difference step is the recipe's 0.1.
+On CIFAR-10 the network is the authors', with their last layers.  Bounds are the paper's, sampled, beside the paper's.
 """
 
 import csv
@@ -58,7 +59,8 @@ def rows_of(dataset: str) -> list[Row]:
                 paper = f"{kind} ({how}) lambda={lam}" + " h=0.1" * large_step
                 options = ["--method", method, "--norm", norm, "--lam", lam, *step]
                 rows.append(Row(f"{method}-{norm}-lam{lam}", paper, (table,), options))
-    return rows
+    network = [] if dataset == "digits" else ["--model", "resnext34-authors"]
+    return [row._replace(options=[*row.options, *network]) for row in rows]
 
 
 def columns_of(dataset: str, table: int) -> list[Column]:
@@ -88,10 +90,16 @@ def run(program: str, *arguments: str | Path) -> None:
 
 
 def read(file: Path) -> dict[str, dict[str, str]]:
-    """The rows of a table by run; of a run's several bounds the calibrated one."""
+    """The rows of a table by run, with the paper's estimate of the bounds, or without bounds where it was refused."""
+    found: dict[str, dict[str, str]] = {}
     with open(file, newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if not row["model"].startswith("paper")]
-    return {row["model"]: row for row in reversed(rows) if row["bound"] != "sampled"}
+        for row in csv.DictReader(lines):
+            if row["bound"] == "sampled":
+                found[row["model"]] = row
+            elif not row["model"].startswith("paper"):
+                bare = {name: value for name, value in row.items() if "omega" not in name and "L_bound" not in name}
+                found.setdefault(row["model"], bare)
+    return found
 
 
 def papers(table: int) -> dict[str, dict[str, float]]:
@@ -112,7 +120,8 @@ def table_of(dataset: str, number: int, out: Path, seeds: int) -> list[str]:
     found = [read(file) for file in files]
 
     def values(row: Row, column: Column) -> np.ndarray:
-        return np.array([found[s][f"{dataset}-{row.name}-seed{s}"][column.ours] for s in range(seeds)], dtype=float)
+        cells = [found[s][f"{dataset}-{row.name}-seed{s}"].get(column.ours) for s in range(seeds)]
+        return np.array([cell or np.nan for cell in cells], dtype=float)
 
     lines = [f"Table {number} on {dataset}, means over the seeds 0 to {seeds - 1} (lowest to highest)", ""]
     lines += ["| row of the paper | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]

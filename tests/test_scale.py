@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
+from dataclasses import asdict, replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -20,7 +21,7 @@ import data
 import models
 import runs
 import train
-from gradreg import cross_entropy, dual_norm, fd_penalty, input_gradient
+from gradreg import cross_entropy, dual_norm, fd_penalty, input_gradient, uniform_ball
 
 IMAGENET = train.RECIPES["imagenet"]
 
@@ -32,6 +33,13 @@ def command(monkeypatch, *arguments):
 
 class Crash(Exception):
     pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shorter_looks():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "PROBE_IMAGES", 20)
+        yield
 
 
 def records(run, kind):
@@ -47,40 +55,43 @@ def weights(run):
 
 
 def plan_of(*, epochs=29, batch_size=512, images=1_281_167, **options):
-    phases = train.stretch(IMAGENET["phases"], IMAGENET["schedule"], epochs=epochs, batch_size=batch_size)
-    how = {"phases": phases, "schedule": IMAGENET["schedule"], "epochs": epochs, "method": "fd", "replays": 4}
-    return train.Plan(how | options, images)
+    phases = train.stretch(IMAGENET, epochs=epochs, batch_size=batch_size)
+    return train.Plan(replace(IMAGENET, phases=phases, epochs=epochs, replays=4, **options), images)
 
 
 def test_the_imagenet_recipe_is_the_authors():
     plan = plan_of()
-    sizes = [plan.phase(epoch)["size"] for epoch in range(29)]
+    sizes = [plan.phase(epoch).size for epoch in range(29)]
     assert sizes == [128] * 15 + [224] * 13 + [288]
-    assert [plan.phase(epoch)["batch_size"] for epoch in (0, 14, 15, 27, 28)] == [512, 512, 192, 192, 128]
-    assert [plan.phase(epoch)["rectangular"] for epoch in (0, 15, 28)] == [False, False, True]
+    assert [plan.phase(epoch).batch_size for epoch in (0, 14, 15, 27, 28)] == [512, 512, 192, 192, 128]
+    assert [plan.phase(epoch).rectangular for epoch in (0, 15, 28)] == [False, False, True]
     rates = {epoch: plan.rate(plan.starts[epoch]) for epoch in (0, 4, 8, 15, 20, 25, 28)}
     assert rates == pytest.approx({0: 0.25, 4: 0.375, 8: 0.5, 15: 0.1, 20: 0.055, 25: 0.01, 28: 0.000625})
     assert plan.rate(plan.total - 1) == pytest.approx(0.0000625, rel=1e-2)
     assert plan.rate(plan.starts[15] - 1) == pytest.approx(0.0625, rel=1e-2)
 
 
+WHOLE = plan_of(images=51_200)
+RECIPES_RATES = [(WHOLE.epoch(step), WHOLE.rate(step)) for step in range(WHOLE.total)]  # not stretched
+
+
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 1024), st.integers(0, 2**31), st.sampled_from(["fd", "free"]))
 def test_every_step_has_its_place(epochs, batch_size, draw, method):
     plan = plan_of(epochs=epochs, batch_size=batch_size, images=5000, method=method)
-    sizes = {plan.phase(epoch)["size"] for epoch in range(epochs)}
+    sizes = {plan.phase(epoch).size for epoch in range(epochs)}
     assert len(sizes) == min(epochs, 3)  # no phase is lost while there is an epoch for it
     replays = 4 if method == "free" else 1
-    assert plan.steps == [5000 // plan.phase(epoch)["batch_size"] * replays for epoch in range(epochs)]
+    assert plan.steps == [5000 // plan.phase(epoch).batch_size * replays for epoch in range(epochs)]
     step = draw % plan.total
     epoch, index = plan.locate(step)
     assert step == sum(plan.steps[:epoch]) + index
     assert 0 <= index < plan.steps[epoch]
     assert plan.epoch(step) == pytest.approx(epoch + index / plan.steps[epoch])
     # The schedule's break at a change of size stays at the change of size.
-    rows = [first for first, size, *_ in IMAGENET["phases"] if size == plan.phase(epoch)["size"]]
-    later = [first for first, *_ in IMAGENET["phases"] if first > rows[0]]
-    rates = [train.learning_rate(IMAGENET["schedule"], e) for e in np.linspace(rows[0], (later or [29])[0], 400)[:-1]]
+    rows = [phase.epoch for phase in IMAGENET.phases if phase.size == plan.phase(epoch).size]
+    later = [phase.epoch for phase in IMAGENET.phases if phase.epoch > rows[0]]
+    rates = [rate for e, rate in RECIPES_RATES if rows[0] <= e < (later or [29])[0]]
     if epochs >= 3:
         assert min(rates) * 0.98 <= plan.rate(step) <= max(rates) * 1.02
 
@@ -118,17 +129,19 @@ def test_the_same_penalty_in_both_coordinates(norm):
 
 def test_options_are_translated_between_coordinates():
     std = models.MEAN_STD
-    own = train.coordinates_of({}, IMAGENET, "resnet50")
+    own = train.coordinates_of({}, IMAGENET)
     assert own == {"penalty_space": "normalized", "lam": 0.1, "h": 0.01}
-    for given_, model in (({"penalty_space": "pixel"}, "resnet50"), ({}, "cnn")):
-        own = train.coordinates_of(given_, IMAGENET, model)
+    for given_ in ({"penalty_space": "pixel"}, {"model": "cnn"}):
+        own = train.coordinates_of(given_, IMAGENET)
         assert own == {"penalty_space": "pixel", "lam": pytest.approx(0.1 * std**2), "h": pytest.approx(0.01 * std)}
-    own = train.coordinates_of({"penalty_space": "pixel", "lam": 0.3, "h": 0.2}, IMAGENET, "resnet50")
-    assert own == {"penalty_space": "pixel", "lam": 0.3, "h": 0.2}
-    own = train.coordinates_of({"penalty_space": "normalized"}, train.RECIPES["cifar10"], "resnet50")
+    own = train.coordinates_of({"penalty_space": "normalized", "model": "resnet50"}, train.RECIPES["cifar10"])
     assert own["lam"] == pytest.approx(0.1 / std**2)
     with pytest.raises(runs.Failure, match="takes pixels as they are"):
-        train.coordinates_of({"penalty_space": "normalized"}, IMAGENET, "cnn")
+        train.coordinates_of({"penalty_space": "normalized", "model": "cnn"}, IMAGENET)
+    images = data.load("digits", subset=60)  # and what the user says is taken as it is
+    given_ = {"dataset": "digits", "penalty_space": "pixel", "lam": 0.3, "h": 0.2}
+    options = train.resolve(given_, images, runs.World("cpu"))
+    assert (options.penalty_space, options.lam, options.h) == ("pixel", 0.3, 0.2)
 
 
 def test_models_that_normalize_are_known():
@@ -172,7 +185,7 @@ def test_amp_rounds_the_direction_and_nothing_of_the_difference():
 def test_tf32_only_where_the_step_is_large(method, h, space, allowed):
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        train.set_precision({"method": method, "h": h, "penalty_space": space, "model": "resnet50"})
+        train.set_precision(train.Options(method=method, h=h, penalty_space=space, model="resnet50"))
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -181,9 +194,9 @@ def test_tf32_only_where_the_step_is_large(method, h, space, allowed):
 def test_biases_are_not_decayed_in_the_imagenet_recipe():
     with torch.device("meta"):
         network = models.build("resnet50", classes=10)
-    one = train.decayed(network, {"decay_biases": True, "weight_decay": 0.5})
+    one = train.decayed(network, train.Options(weight_decay=0.5))
     assert [(len(g["params"]), g["weight_decay"]) for g in one] == [(161, 0.5)]
-    weights, biases = train.decayed(network, {"decay_biases": False, "weight_decay": 0.5})
+    weights, biases = train.decayed(network, train.Options(weight_decay=0.5, decay_biases=False))
     assert (weights["weight_decay"], biases["weight_decay"]) == (0.5, 0)
     named = {id(p): name for name, p in network.named_parameters()}
     assert all(named[id(p)].endswith("bias") for p in biases["params"])
@@ -208,9 +221,8 @@ def test_adversarial_images_are_in_the_ball_and_worse(norm):
     images, labels = torch.rand(20, 3, 6, 6), torch.arange(20) % 4
     images[0] = 0  # in a corner of [0, 1]
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    options = {"norm": norm, "eps": eps, "attack_steps": 7, "amp": False}
-    generator = torch.Generator().manual_seed(0)
-    starts = train.random_starts(images, norm=norm, eps=eps, generator=generator, world=runs.World("cpu"))
+    options = train.Options(method="at", norm=norm, eps=eps)
+    starts = images + eps * uniform_ball(images, norm, torch.Generator().manual_seed(0))
     found = train.adversarial(network, images, labels, starts, options)
     lengths = attacks.distance(images, found, norm)
     assert lengths.max() <= eps
@@ -221,20 +233,6 @@ def test_adversarial_images_are_in_the_ball_and_worse(norm):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     network.eval()
     assert (cross_entropy(network(found), labels) > cross_entropy(network(images), labels)).all()
-
-
-@pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_random_starts_fill_their_ball(norm):
-    images = torch.zeros(4000, 1, 2, 2)
-    world, generator = runs.World("cpu"), torch.Generator().manual_seed(0)
-    starts = train.random_starts(images, norm=norm, eps=0.5, generator=generator, world=world).flatten(1)
-    order = {"l2": 2, "linf": math.inf}[norm]
-    lengths = torch.linalg.vector_norm(starts, order, dim=1)
-    # Uniform in a ball of four dimensions: P(length <= t eps) = t^4, and no direction is preferred.
-    for t in (0.5, 0.8, 0.95):
-        assert (lengths <= 0.5 * t).double().mean().item() == pytest.approx(t**4, abs=0.03)
-    assert lengths.max() <= 0.5 * (1 + 1e-6)
-    assert starts.mean(0).abs().max() < 0.02
 
 
 def test_free_is_the_algorithm_of_shafahi_et_al():
@@ -270,7 +268,8 @@ def test_free_is_the_algorithm_of_shafahi_et_al():
     assert free.delta.abs().max() == 0
 
 
-FREE = ["digits", "--method", "free", "--replays", 4, "--eps", "0.1", "--subset", 200, "--batch-size", 20]
+FINE = {"test_loss": 0.0, "clean_error_pct": 0.0, "attacked_error_pct": 0.0}
+TINY = ["digits", "--subset", 100, "--batch-size", 20]  # 5 batches an epoch
 
 
 def test_free_replays_batches_in_a_quarter_of_the_epochs(monkeypatch, tmp_path):
@@ -282,50 +281,47 @@ def test_free_replays_batches_in_a_quarter_of_the_epochs(monkeypatch, tmp_path):
             return super().inputs(images)
 
     monkeypatch.setattr(train, "Free", Spy)
-    monkeypatch.setattr(train, "PROBE_IMAGES", 10)
-    assert command(monkeypatch, *FREE, "--runs", tmp_path) == 0
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    assert command(monkeypatch, *TINY, "--method", "free", "--replays", 4, "--eps", "0.1", "--runs", tmp_path) == 0
     config = json.loads((tmp_path / "latest/config.json").read_text())
     assert config["name"] == "digits-free-m4-eps0.1-seed0"
-    assert (config["options"]["epochs"], config["steps_per_epoch"], config["steps_total"]) == (10, 40, 400)
-    assert len(seen) == 400
-    for i in range(0, 400, 4):
+    assert (config["options"]["epochs"], config["steps_per_epoch"], config["steps_total"]) == (10, 20, 200)
+    assert len(seen) == 200
+    for i in range(0, 200, 4):
         assert all(torch.equal(seen[i], seen[i + j]) for j in (1, 2, 3))
     assert not torch.equal(seen[0], seen[4])
 
 
-@pytest.mark.parametrize("method", [["free", "--replays", 4], ["at"]])
+@pytest.mark.parametrize("method", [["free", "--replays", 4], ["at", "--attack-steps", 3]])
 def test_a_baseline_that_dies_ends_as_if_it_had_not(monkeypatch, tmp_path, method):
     """The perturbation of free outlives its process, and a batch that was half replayed is finished."""
-    small_ = [*FREE[:1], "--method", *method, *FREE[5:], "--epochs", 2, "--runs", tmp_path]
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    small_ = [*TINY, "--method", *method, "--eps", 0.1, "--epochs", 2, "--runs", tmp_path]
     assert command(monkeypatch, *small_, "--name", "whole") == 0
-    real, steps = train.Plan.rate, iter(range(27))
+    real, replays = train.Plan.rate, 4 if method[0] == "free" else 1
+    steps = iter(range(7 * replays + 2))  # within the second epoch
 
     def dies(self, step):
-        if next(steps, None) is None and step < 1000:
+        if next(steps, None) is None:
             raise Crash
         return real(self, step)
 
-    length = 10 if method == ["at"] else 40
-    steps = iter(range(length + length // 2 - 3))
     with monkeypatch.context() as patched:
         patched.setattr(train.Plan, "rate", dies)
         patched.setattr(train, "LOG_EVERY", 3)
         with pytest.raises(Crash):
-            command(monkeypatch, *small_, "--name", "died", "--checkpoint-minutes", 1e-9)
+            command(patched, *small_, "--name", "died", "--checkpoint-minutes", 1e-9)
     resumed = models.read_checkpoint(tmp_path / "died/checkpoint.pt")["step"]
-    assert 0 < resumed < 2 * length
-    assert method == ["at"] or resumed % 4  # in the middle of a batch
+    assert 5 * replays < resumed < 10 * replays
+    assert replays == 1 or resumed % 4  # in the middle of a batch
     assert command(monkeypatch, "--resume", tmp_path / "died") == 0
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "died")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-FINE = {"clean_error_pct": 0.0, "attacked_error_pct": 0.0}
-
-
 def test_adversarial_training_buys_robustness_in_its_norm(monkeypatch, tmp_path):
     small_ = ["digits", "--subset", 500, "--epochs", 10, "--batch-size", 25, "--norm", "linf", "--runs", tmp_path]
-    monkeypatch.setattr(train, "evaluate", lambda run: FINE)
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
     images, labels = data.fetch(data.load("digits").test, np.arange(200), torch.device("cpu"))
     errors = {}
     for method in ("none", "at"):
@@ -344,12 +340,12 @@ def trainer_of(tmp_path, network, *, world, **given_):
     images = torch.randint(0, 256, (32, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = data.InMemory(images, torch.arange(32) % 4)
     loaded = data.Data(source, source, list("abcd"), 3)
-    options = train.DEFAULTS | {"dataset": "digits", "data_dir": "", "workers": 0, "batch_size": 16, "lr": 0.05}
-    options = train.resolve(options | given_, loaded, world)
+    given_ = {"dataset": "digits", "workers": 0, "batch_size": 16, "lr": 0.05} | given_
+    options = train.resolve(given_, loaded, world)
     with mock.patch.object(models, "cnn", side_effect=lambda classes, channels: network()):
         trainer = train.Trainer(tmp_path, train.describe(options, loaded, world), loaded, world)
     trainer.network.double()
-    trainer.objective = trainer._objective()
+    trainer.objective = train.distributed(train.Objective(trainer.network, options), world)
     return trainer
 
 
@@ -359,11 +355,11 @@ def weights_after(trainer, steps, methods=None):
     for step in range(steps):
         if methods:
             module = trainer.objective.module if trainer.world.size > 1 else trainer.objective
-            module.method = methods[step % len(methods)]
+            module.options = replace(module.options, method=methods[step % len(methods)])
         generator = torch.Generator().manual_seed(100 + step // 2)
         images, labels = torch.rand(16, 3, 6, 6, generator=generator).double(), torch.arange(16) % 4
         mine = slice(trainer.world.rank * share, (trainer.world.rank + 1) * share)
-        trainer._update(images[mine], labels[mine])
+        trainer.update(images[mine], labels[mine])
     return torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
 
 
@@ -387,6 +383,23 @@ CASES = {  # method, batch normalization, updates
 }
 
 
+class Dropping(nn.Dropout):
+    """Dropout that remembers what it dropped."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        Dropping.masks.append(out != 0)
+        return out
+
+
+def masks_of(tmp_path, world, method):
+    """What each forward pass of two steps of a network with dropout dropped: (passes, images, values)."""
+    Dropping.masks = []
+    network = partial(nn.Sequential, nn.Flatten(), nn.Linear(108, 40), nn.Sigmoid(), Dropping(0.5), nn.Linear(40, 4))
+    weights_after(trainer_of(tmp_path, network, world=world, method=method), 2)
+    return torch.stack(Dropping.masks)
+
+
 def all_cases(tmp_path, world, **given_):
     found = {}
     for name, (options, network, steps) in CASES.items():
@@ -402,6 +415,19 @@ def test_parts_of_a_batch_are_the_batch(tmp_path):
     for name in CASES:
         if "batch norm" not in name:
             torch.testing.assert_close(whole[name], parts[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["fd", "jvp"])
+def test_passes_of_a_step_share_their_draw_and_nothing_else_does(job, method):
+    """Both passes drop the same; steps and processes drop differently; and a step again, the same again."""
+    folder, found = job
+    for masks in (masks_of(folder, runs.World("cpu"), method), *(part[f"masks {method}"] for part in found)):
+        first, again, second, second_again = masks
+        assert torch.equal(first, again)
+        assert torch.equal(second, second_again)
+        assert not torch.equal(first, second)
+    assert not torch.equal(found[0][f"masks {method}"], found[1][f"masks {method}"])
+    assert torch.equal(masks_of(folder, runs.World("cpu"), method), masks_of(folder, runs.World("cpu"), method))
 
 
 def canaries(tmp_path, world):
@@ -426,10 +452,12 @@ def process(rank, size, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     with contextlib.closing(runs.World("cpu")) as world:
-        torch.save(all_cases(folder, world) | canaries(folder, world), folder / f"{size}-{rank}.pt")
+        found = all_cases(folder, world) | canaries(folder, world)
+        found |= {f"masks {method}": masks_of(folder, world, method) for method in ("fd", "jvp")}
+        torch.save(found, folder / f"{size}-{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def job(request, tmp_path_factory):
     """The weights that each process of a job of 2 or 4 found."""
     import socket
@@ -501,7 +529,7 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
 
     class Spy(train.Objective):
         def forward(self, images, labels):
-            shapes.append(tuple(images.shape))
+            shapes.extend([tuple(images.shape)] * self.network.training)
             return super().forward(images, labels)
 
     evaluation_batches = data.evaluation_batches
@@ -588,29 +616,6 @@ def test_channels_last_is_a_layout_and_nothing_else(monkeypatch, tmp_path):
     assert b["2.weight"].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["digits", "--method", "free", "--norm", "l2"], "--norm l2: --method free is for linf"),
-        (["digits", "--method", "at", "--norm", "l1"], "--norm l1: --method at is for l2 and linf"),
-        (["digits", "--method", "at", "--eps", "8/0"], "'8/0' is not a number"),
-        (["digits", "--method", "at", "--eps", "-8/255"], "--eps must be positive"),
-        (["digits", "--method", "at", "--attack-steps", "0"], "--attack-steps must be positive"),
-        (["digits", "--method", "free", "--replays", "0"], "--replays must be positive"),
-        (["digits", "--accumulate", "0"], "--accumulate must be positive"),
-        (["digits", "--accumulate", "7"], "50 images a step cannot be shared evenly by 1 processes in 7 parts each"),
-        (["digits", "--penalty-space", "normalized"], "model cnn takes pixels as they are"),
-        (["digits", "--method", "exact", "--compile"], "--compile: what torch compiles has no second derivative"),
-    ],
-)
-def test_a_wrong_option_is_one_line(monkeypatch, tmp_path, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, *arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_gradients_are_those_of_the_penalty_space_in_the_log():
     network = normalizing(0.25).float()
     images, labels = torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 2])
@@ -620,8 +625,8 @@ def test_gradients_are_those_of_the_penalty_space_in_the_log():
 
 
 def test_the_rows_of_the_tables_are_the_papers():
-    """benchmarks/tables.py trains what evaluate.py takes for the paper's rows, and all of them."""
-    import evaluate
+    """benchmarks/tables.py trains what report.py takes for the paper's rows, and all of them."""
+    import report
     from benchmarks import tables
 
     source = data.InMemory(torch.zeros(128, 3, 2, 2, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
@@ -631,8 +636,9 @@ def test_the_rows_of_the_tables_are_the_papers():
         given_ = {flag[2:]: value for flag, value in zip(row.options[::2], row.options[1::2], strict=True)}
         numbers = {name: train.fraction(given_[name]) for name in ("lam", "h", "eps") if name in given_}
         numbers |= {"replays": int(given_["replays"])} if "replays" in given_ else {}
-        fixed = {"dataset": "cifar10", "data_dir": "", "workers": 0}
-        options = train.resolve(train.DEFAULTS | fixed | given_ | numbers, images, runs.World("cpu"))
-        assert evaluate.paper_model(options, "cifar10") == row.paper
+        given_ |= numbers
+        train.check_given(given_)
+        options = train.resolve({"dataset": "cifar10"} | given_, images, runs.World("cpu"))
+        assert report.paper_model(asdict(options), "cifar10") == row.paper
     for table in (1, 2):
         assert {row.paper for row in rows if table in row.tables} == set(tables.papers(table))
