@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,17 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
 
 import data
 import evaluate
+import models
+import report
 import runs
 import train
+from gradreg import cross_entropy, input_gradient
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
 MODELS = '''
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -33,6 +39,10 @@ import data
 
 def fit(network):
     torch.set_num_threads(1)
+    file = Path(__file__).parent / f"fitted-{len(network)}.pt"
+    if file.exists():
+        network.load_state_dict(torch.load(file, weights_only=True))
+        return network
     digits = data.load("digits").train
     images, labels = digits.images / digits.top, digits.labels
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -40,6 +50,7 @@ def fit(network):
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
+    torch.save(network.state_dict(), file)
     return network
 
 
@@ -101,12 +112,52 @@ def nan():
     return Nan(1, None)
 
 
-def detached():
-    class Detached(Masked):
-        def forward(self, x):
-            return self.network(x.detach())
+class Cut(Masked):
+    """The honest network, through which no gradient comes."""
 
-    return Detached(1, None)
+    def forward(self, x):
+        how = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(self.scale)
+        if how is None:
+            return self.network(x.detach())
+        with how():
+            return self.network(x)
+
+
+def detached():
+    return Cut("detached", None)
+
+
+def no_grad():
+    return Cut("no_grad", None)
+
+
+def inference_mode():
+    return Cut("inference_mode", None)
+
+
+def int8():
+    return torch.ao.quantization.quantize_dynamic(honest().eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+class Half(Masked):
+    def forward(self, x):
+        return self.network(x).bfloat16()
+
+
+def bfloat16():
+    return Half(1, None)
+
+
+def script():
+    return torch.jit.script(honest())
+
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def colour():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
 
 def hopeless():
@@ -115,8 +166,9 @@ def hopeless():
         network[-1].bias -= 1000 * torch.eye(10)[3]  # never a 3
     return network
 '''
-QUICK = ["--images", "12", "--calibration", "5", "--audit-images", "6", "--blocks", "0", "--norm", "l2"]
-SHORT = ["--images", "30", "--calibration", "5", "--audit-images", "2", "--blocks", "20", "--attack", "fab"]
+QUICK = ["--images", "10", "--calibration", "4", "--audit-images", "5", "--blocks", "0", "--norm", "l2"]
+FEW = ["--images", "4", "--calibration", "0", "--audit-images", "1", "--norm", "l2", "--attack", "fab"]
+SHORT = ["--images", "26", "--calibration", "4", "--audit-images", "2", "--blocks", "6", "--attack", "fab"]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +179,15 @@ def here(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _unrendered_figures():
+    """Figures are drawn, but not rendered: that takes most of the time of a report, and test_report.py does it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        drawn = lambda figure, file, **_: file.write(b"\x89PNG %d axes" % len(figure.axes))  # noqa: E731
+        monkeypatch.setattr(Figure, "savefig", drawn)
+        yield
+
+
 def command(monkeypatch, *arguments):
     """Run evaluate.py's command line in this process; its exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
@@ -135,15 +196,34 @@ def command(monkeypatch, *arguments):
 
 def evaluated(here, name, *options):
     """The directory of an evaluation of one of the models, done once."""
-    out = here / "-".join([name, *options]).replace(" ", "")
+    out, spec = here / "-".join([name, *options]).replace(" ", ""), f"{here}/theirs.py:{name}"
     if not out.exists():
         with pytest.MonkeyPatch.context() as monkeypatch:
-            assert command(monkeypatch, f"{here}/theirs.py:{name}", "--out", out, *options) == 0
-    return out / f"theirs-{name}"
+            assert command(monkeypatch, spec, "--out", out, *options) == 0
+    return out / models.name_of_spec(spec)
+
+
+def column(path, name):
+    """The column of images.csv that begins so."""
+    return [value for row in rows(path / "images.csv") for key, value in row.items() if key.startswith(name)]
+
+
+@pytest.fixture
+def _passing_audit(monkeypatch):
+    """An audit at no cost, which everything passes, for tests of something else."""
+
+    def audited(unit, *_):
+        no = np.zeros(len(unit.rows), dtype=bool)
+        found = dict.fromkeys(("zero", "zero_training", "flat", "transferred"), no)
+        found |= dict.fromkeys(("pgd", "boundary", "logbarrier"), np.ones(len(no)))
+        found |= {"by_eps": np.stack([no] * 5), "by_steps": np.stack([no] * 4), "whole_box": ~no}
+        return found if unit.target.undefended else {name: found[name] for name in found if name != "transferred"}
+
+    monkeypatch.setitem(evaluate.PARTS, "audit", audited)
 
 
 def rows(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -166,7 +246,7 @@ def files_of(path):
 def test_distances_of_a_linear_network_are_the_known_ones(here, norm):
     """Between the distance to the nearest hyperplane, which ignores the box, and that within the box."""
     path = evaluated(here, "linear", *QUICK[:-1], norm)
-    namespace = {}
+    namespace = {"__file__": str(here / "theirs.py")}
     exec(MODELS, namespace)
     torch.manual_seed(0)
     network = namespace["linear"]()
@@ -195,7 +275,7 @@ def test_tables_say_what_the_images_say(here):
     assert float(row["clean_error_pct"]) == pytest.approx(100 * np.mean(wrong))
     assert [d == 0 for d in distances] == wrong
     summary = json.loads((path / "summary.json").read_text())
-    assert summary["images"] == 12
+    assert summary["images"] == 10
     assert summary["clean_error_pct"] == pytest.approx(100 * np.mean(wrong))
     figures = summary["norms"]["l2"]
     assert figures["mean_distance"] == pytest.approx(np.mean(distances))
@@ -203,7 +283,7 @@ def test_tables_say_what_the_images_say(here):
     bound = [float(image[f"omega-bound l2 {figures['bound_method']} (pixels 0 to 1)"]) for image in images]
     assert figures["omega_bound_mean"] == pytest.approx(np.mean(bound), rel=1e-5)
     (allowed, *_), (regularity, *_) = rows(path / "table6.csv"), rows(path / "table3.csv")
-    assert float(allowed["0.25"]) == pytest.approx(100 * np.mean([b < 0.25 for b in bound]))
+    assert float(allowed["omega_error_pct_0.25"]) == pytest.approx(100 * np.mean([b < 0.25 for b in bound]))
     gradients = [float(v) for image in images for name, v in image.items() if name.startswith("gradient norm")]
     assert float(regularity["grad_norm_max"]) == pytest.approx(max(gradients))
     assert float(regularity["grad_norm_mean"]) == pytest.approx(np.mean(gradients))
@@ -211,100 +291,148 @@ def test_tables_say_what_the_images_say(here):
     assert figures["violations_pct"] == pytest.approx(100 * false)
 
 
-def test_summary_has_what_the_readme_promises(here):
-    text = next(
-        t for t in (ROOT / "README.md").read_text().splitlines() if "evaluation/summary.json" in t and "`norms`" in t
-    )
+def test_summary_has_what_the_documentation_promises(here):
+    page = (ROOT / "docs" / "run-directory.md").read_text(encoding="utf-8")
+    (text,) = [part for part in page.split("\n\n") if "summary.json" in part and "`norms`" in part]
     summary = json.loads((evaluated(here, "honest", *QUICK) / "summary.json").read_text())
-    for name in ("images", "clean_error_pct", "norms"):
+    for name in ("images", "topk", "clean_error_pct", "checkpoint_step", "network", "norms"):
         assert f"`{name}`" in text
         assert name in summary
     for name in ("mean_distance", "median_distance", "lipschitz_bound_mean", "omega_bound_mean", "violations_pct"):
         assert f"`{name}`" in text
         assert math.isfinite(summary["norms"]["l2"][name])
+    assert summary["checkpoint_step"] is None  # a stranger's
+    assert summary["network"] in (evaluated(here, "honest", *QUICK) / "report.md").read_text(encoding="utf-8")
 
 
-def test_calibration_and_evaluation_images_are_disjoint_and_drawn_by_the_seed(here):
-    settings = evaluate.Settings(("l2",), 10_000, 200, 3, (), 0, 100, None, 100)
-    world = runs.World("cpu")
-    target = evaluate.open_factory(f"{here}/theirs.py:linear", "digits", Path("data"), None, here, 0)
-    evaluate.prepare(target, settings, world)
+def settings(**fields):
+    named = {"norms": ("l2",), "images": 12, "calibration": 5, "seed": 0, "suite": (), "blocks": 0, "audit": 6}
+    return evaluate.Settings(**named | {"alone": False, "smoothing": (), "samples": 100} | fields)
+
+
+def test_calibration_and_evaluation_images_are_disjoint_and_drawn_by_the_seed(here, capsys):
+    asked = settings(images=10_000, calibration=200, seed=3, out=here)
+    target = evaluate.open_factory(f"{here}/theirs.py:linear", asked)
+    evaluate.prepare(target, asked, world := runs.World("cpu"))
     rows = target.rows
     assert len(rows["evaluation"]) == 797 // 2
     assert len(rows["calibration"]) == 200
     assert not set(rows["evaluation"]) & set(rows["calibration"])
     assert rows["evaluation"].tolist() == data.order(797, seed=3, epoch=0)[:398].tolist()
+    report.introduce(target, asked, world.console)
+    assert "398 images of digits (half of the 797 there are)" in capsys.readouterr().out
 
 
-def test_a_paper_row_is_found_for_the_same_method_and_only_for_it(here):
-    target = evaluate.open_factory(f"{here}/theirs.py:linear", "digits", Path("data"), None, here, 0)
-    target.dataset = "cifar10"
+def test_the_papers_suite_is_each_attack_alone_on_every_image_and_the_nearest_of_them(here, monkeypatch):
+    """LogBarrier is an independent witness, in the audit too: told to start from the images, it starts from noise."""
+    from_images, real = [], evaluate.attacks.logbarrier
 
-    def row(number, **options):
-        target.config = {"options": options}
-        return evaluate.paper_row(number, evaluate.Evaluation(target, None, {}, None, "x"))
+    def spy(network, images, labels, *, start, **how):
+        from_images.append(start is images)
+        return real(network, images, labels, start=start, **how)
 
-    fd = {"method": "fd", "norm": "l2", "lam": 0.1, "h": 0.01}
-    assert row("2", **fd)[0]["mean_distance_empirical"] == 0.63
-    assert row("2", **fd | {"method": "exact"})[0]["mean_distance_empirical"] == 0.13
-    assert row("1", method="fd", norm="linf", lam=1.0, h=0.1)[0]["empirical_error_pct_2_255"] == 18.47
-    assert row("2", method="none")[0]["training"] == "2.06 h"
-    assert row("2", **fd | {"lam": 0.2}) == row("2", **fd | {"h": 0.1}) == row("2", **fd | {"method": "noise"}) == []
-    at = {"method": "at", "norm": "linf", "attack_steps": 7, "eps": 8 / 255}
-    assert row("1", **at)[0]["empirical_error_pct_8_255"] == 46.02
-    assert row("2", **at | {"eps": 2 / 255})[0]["mean_distance_empirical"] == 0.66
-    assert row("1", method="free", replays=8, eps=8 / 255)[0]["clean_error_pct"] == 19.94
-    assert row("1", **at | {"attack_steps": 10}) == row("1", method="free", replays=8, eps=0.1) == []
-    target.dataset = "imagenet"
-    assert row("2", **fd)[0]["mean_distance_empirical"] == 1.14
-    assert row("2", **fd | {"penalty_space": "pixel"}) == []
-    target.dataset = "digits"
-    assert row("2", method="none") == []
-
-
-# --- error bars -------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 2**32), st.integers(5, 60))
-def test_percentages_have_the_intervals_of_their_definition(seed, n):
-    hits = np.random.default_rng(seed).random(n) < 0.3
-    value, low, high, _ = evaluate.percent(hits)
-    assert value == pytest.approx(100 * hits.mean())
-    assert low <= value <= high
-    flipped = evaluate.percent(~hits)
-    assert (flipped.low, flipped.high) == pytest.approx((100 - high, 100 - low))
-    if not hits.any():  # closed form: 1 - (0.025)^(1/n)
-        assert high == pytest.approx(100 * (1 - 0.025 ** (1 / n)))
+    monkeypatch.setattr(evaluate.attacks, "logbarrier", spy)
+    path, default = evaluated(here, "honest", *QUICK, "--suite", "paper"), evaluated(here, "honest", *QUICK)
+    names = evaluate.SUITES["paper"]
+    each = {name: np.array(column(path, f"{name} alone, distance l2"), float) for name in names}
+    found, who = np.array(column(path, "distance l2"), float), column(path, "attack l2")
+    np.testing.assert_array_equal(found, np.min(list(each.values()), axis=0))
+    assert all(each[name][i] == found[i] for i, name in enumerate(who) if name in names)
+    assert all((name == "clean") == (found[i] == 0) for i, name in enumerate(who))
+    np.testing.assert_allclose(found, np.array(column(default, "distance l2"), float), rtol=0.02)
+    table, right = rows(path / "attacks-l2.csv"), sum(name != "clean" for name in who)
+    assert [row["attack"] for row in table] == list(names)
+    for row in table:
+        assert float(row["mean_distance"]) == pytest.approx(each[row["attack"]].mean())
+        assert float(row["nearest_pct"]) == pytest.approx(100 * who.count(row["attack"]) / right)
+        assert float(row["within_1_%_of_it"]) >= float(row["nearest_pct"])
+    assert not (default / "attacks-l2.csv").exists()
+    assert len(from_images) >= 3  # calibration, evaluation, audit
+    assert all(from_images)
 
 
-@given(st.integers(0, 2**32), st.integers(5, 60))
-def test_paired_differences_are_antisymmetric_and_never_certain(seed, n):
-    rng = np.random.default_rng(seed)
-    a, b = rng.random(n) < 0.3, rng.random(n) < 0.6
-    forth, back = evaluate.paired_percent(a, b), evaluate.paired_percent(b, a)
-    assert forth.value == pytest.approx(100 * (a.mean() - b.mean()))
-    assert (forth.low, forth.high) == pytest.approx((-back.high, -back.low))
-    same = evaluate.paired_percent(a, a)
-    assert same.value == 0
-    assert same.low < 0 < same.high
+def test_an_attack_that_finds_nothing_is_at_infinity_and_the_misclassified_are_at_0(here, monkeypatch):
+    target, images, labels = opened(here, "honest")
+    labels[0] = (labels[0] + 1) % 10
+    for name in evaluate.SUITES["paper"]:
+        monkeypatch.setattr(evaluate.attacks, name, lambda network, images, labels, **_: images)
+    target.suite, unit = evaluate.SUITES["paper"], evaluate.Unit(target, "evaluation", "l2", 0, ())
+    adversarial, found = evaluate.attacked(unit, True, images, labels, torch.Generator())
+    assert torch.equal(adversarial, images)
+    assert found["attacks"][0] == "clean"
+    assert found["distances"][0] == 0
+    correct = found["distances"] > 0
+    assert (found["attacks"][correct] == "none").all()
+    assert np.isinf(found["distances"][correct]).all()
+    assert correct.any()
 
 
-def test_intervals_cover_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    shares, means = [], []
-    for _ in range(2000):
-        both = rng.random((2, 80)) < np.array([[0.2], [0.35]])
-        _, low, high, _ = evaluate.paired_percent(*both)
-        shares.append(low <= -15 <= high)
-        _, low, high, _ = evaluate.mean(rng.normal(3, 2, 10))
-        means.append(low <= 3 <= high)
-    assert 0.935 < np.mean(shares) < 0.97
-    assert 0.935 < np.mean(means) < 0.965
+# --- networks of all kinds --------------------------------------------------------------------------------
 
 
-def test_a_mean_with_an_unknown_distance_is_not_a_number_to_quote():
-    assert evaluate.mean(np.array([1.0, 2.0, 3.0]))[:3] == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
-    assert evaluate.text(evaluate.mean(np.array([1.0, math.inf]))) == "∞"
+def opened(here, name):
+    """One of the models, ready to be measured, and images to measure it on."""
+    asked, world = settings(out=here, suite=("fab",)), runs.World("cpu")
+    target = evaluate.open_factory(f"{here}/theirs.py:{name}", asked)
+    evaluate.prepare(target, asked, world)
+    return target, *target.fetch(target.rows["evaluation"], world.device)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["detached", "no_grad", "inference_mode", "int8", "quantised", "honest", "script"])
+def test_a_network_without_gradients_is_known_and_decides_as_before(here, name):
+    """Its gradient is zero, in place of an error; one with gradients keeps them, TorchScript's as well."""
+    target, images, labels = opened(here, name)
+    _, grad = input_gradient(lambda x: cross_entropy(target.network(x), labels), images)
+    assert target.network.blind == (name not in ("honest", "script"))
+    assert target.suite == (("boundary",) if target.network.blind else ("fab",))
+    assert grad.any() != target.network.blind
+    assert not any(parameter.requires_grad for parameter in target.network.parameters())
+    if name not in ("int8", "quantised"):
+        honest, *_ = opened(here, "honest")
+        assert torch.equal(target.network(images), honest.network(images))
+        if not target.network.blind:
+            assert torch.equal(grad, input_gradient(lambda x: cross_entropy(honest.network(x), labels), images)[1])
+
+
+def test_without_gradients_decisions_alone_are_attacked_and_the_report_says_so(here):
+    path, reference = (
+        np.array(column(evaluated(here, name, *QUICK), "distance l2"), float) for name in ("detached", "honest")
+    )
+    assert (path >= 0.99 * reference).all()
+    assert (path <= 2 * reference).all()
+    path = evaluated(here, "detached", *QUICK)
+    assert set(column(path, "attack l2")) == {"boundary"}
+    assert "attacked by its decisions alone" in (path / "report.md").read_text(encoding="utf-8")
+    assert json.loads((path / "summary.json").read_text())["norms"]["l2"]["omega_bound_mean"] is None
+    assert not {"bounds.png", "bounds-l2.csv", "table6.csv"} & {file.name for file in path.iterdir()}
+    assert verdicts(path)[ZERO] == "FAIL"
+
+
+@pytest.mark.usefixtures("_passing_audit")
+def test_logits_of_16_bits_are_measured(here):
+    half, whole = (
+        np.array(column(evaluated(here, name, *FEW), "distance l2"), float) for name in ("bfloat16", "honest")
+    )
+    np.testing.assert_allclose(half, whole, rtol=0.2, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_weights_are_another_network_also_where_they_are_packed():
+    def packed(scale):
+        network = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        torch.nn.init.constant_(network[0].weight, scale)
+        torch.nn.init.zeros_(network[0].bias)
+        return torch.ao.quantization.quantize_dynamic(network.eval(), {torch.nn.Linear}, dtype=torch.qint8)
+
+    prints = [evaluate.fingerprint(packed(scale), b"") for scale in (1.0, 1.0, 2.0)]
+    assert prints[0] == prints[1] != prints[2]
+    frozen = [torch.jit.freeze(torch.jit.script(torch.nn.Linear(4, 3).eval())) for _ in range(2)]
+    prints = [evaluate.fingerprint(torch.nn.Sequential(frozen[i]), b"") for i in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    plain = [torch.nn.Linear(4, 3) for _ in range(2)]
+    assert evaluate.fingerprint(plain[0], b"") != evaluate.fingerprint(plain[1], b"")
+    assert evaluate.fingerprint(plain[0], b"") != evaluate.fingerprint(plain[0], b"other code")
 
 
 # --- the audit --------------------------------------------------------------------------------------------
@@ -370,13 +498,6 @@ def test_misclassified_images_say_nothing_about_black_box_attacks():
     assert evaluate.ratio_to_pgd(np.array([math.inf, 1.0]), np.array([math.inf, math.inf])).tolist() == [1.0, 0.0]
 
 
-def test_only_the_boundary_attack_is_run_where_no_gradient_arrives(here):
-    path = evaluated(here, "quantised", *QUICK)
-    assert {row["attack l2"] for row in rows(path / "images.csv")} <= {"boundary", "clean"}
-    assert "only the boundary attack was run" in (path / "report.md").read_text()
-    assert json.loads((path / "summary.json").read_text())["norms"]["l2"]["omega_bound_mean"] is None
-
-
 def test_a_network_that_is_wrong_on_a_class_is_evaluated(here):
     path = evaluated(here, "hopeless", *QUICK)
     shown = rows(path / "images.csv")
@@ -389,7 +510,8 @@ def test_a_network_that_is_wrong_on_a_class_is_evaluated(here):
 
 def arguments(here, out):
     targets = [f"{here}/theirs.py:honest", f"{here}/theirs.py:linear"]
-    return [*targets, *SHORT, "--norm", "l2", "--smoothing", "0.25", "--samples", "200", "--out", str(out)]
+    noise = ["--smoothing", "0.25", "--smoothing", "0.1", "--samples", "200"]
+    return [*targets, *SHORT, "--norm", "l2", *noise, "--out", str(out)]
 
 
 def launch(here, out, *prefix):
@@ -406,7 +528,12 @@ def finished(process):
 def whole(here):
     """The files of an evaluation that nothing interrupted."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert command(monkeypatch, *arguments(here, here / "whole")) == 0
+        for module in ("evaluate", "report"):
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(here, here / "whole")])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")  # as the command does
+        assert end.value.code == 0
     return files_of(here / "whole")
 
 
@@ -415,23 +542,37 @@ def test_it_writes_tables_figures_and_parts(whole):
     assert {"table2.csv", "table3.csv", "table5.csv", "table6.csv", "differences.csv", "report.md"} <= names
     assert {"errors.png", "bounds.png", "adversarial-l2.png", "gev.png", "images.csv", "summary.json"} <= names
     assert all(content.startswith(b"\x89PNG") for name, content in whole.items() if name.endswith(".png"))
+    texts = [content.decode() for name, content in whole.items() if name.endswith("report.md")]
+    assert all("1 x 8 x 8" in text for text in texts)
+    assert len(texts) == 3
+    assert re.search(r"sampled \| .*\(one draw\)", texts[0])
+
+
+def unrendered(files):
+    return {name: content for name, content in files.items() if not name.endswith(".png")}
 
 
 def test_stopped_by_a_signal_or_an_error_it_goes_on_and_ends_with_the_same_files(here, whole, monkeypatch, capsys):
-    out, real, done = here / "stopped", evaluate.compute, []
+    """A signal is obeyed in the middle of a part, before the network is called again; and no part is done twice."""
+    out, real, done, calls = here / "stopped", evaluate.compute, [], []
 
     def interrupted(unit, *rest):
         done.append(unit.file)
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            unit.target.network.network.register_forward_hook(lambda *_: calls.append(1))
         if len(done) == 5:
             raise OSError(28, "No space left on device")
         return real(unit, *rest)
 
     monkeypatch.setattr(evaluate, "compute", interrupted)
     assert command(monkeypatch, *arguments(here, out)) == 128 + signal.SIGTERM
-    assert "goes on from here" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert re.search(r"\d+ parts to do, about \d+", said.out)
+    assert "goes on from here" in said.err
     assert len(done) == 2
+    assert not calls
+    assert not done[1].exists()
     assert command(monkeypatch, *arguments(here, out)) == 1
     assert not list(out.rglob("report.md"))
     damaged = sorted(out.rglob("*.npz"))[0]
@@ -439,7 +580,7 @@ def test_stopped_by_a_signal_or_an_error_it_goes_on_and_ends_with_the_same_files
     assert command(monkeypatch, *arguments(here, out)) == 0
     assert files_of(out) == whole
     assert sorted(set(done)) == sorted(out.rglob("*.npz"))
-    assert len(done) == len(set(done)) + 2  # the one that failed, the one that was damaged
+    assert len(done) == len(set(done)) + 3  # the one that was stopped, the one that failed, the one that was damaged
 
 
 @pytest.mark.slow
@@ -457,89 +598,190 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_files(here, whole):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     finished(launch(here, out))
     now = {name: content for name, content in files_of(out).items() if not Path(name).name.startswith(".")}
-    assert now == whole
+    assert now.keys() == whole.keys()
+    assert unrendered(now) == unrendered(whole)
+    finished(launch(here, out))
+    assert all(files_of(out)[name] == content for name, content in now.items())  # the figures as well
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(here, whole):
     finished(launch(here, here / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
-    assert files_of(here / "two") == whole
+    assert unrendered(files_of(here / "two")) == unrendered(whole)
 
 
+@pytest.mark.usefixtures("_passing_audit")
 def test_parts_are_kept_for_the_same_options_and_redone_for_others(here, tmp_path, monkeypatch):
-    out, spec = here / "again", f"{here}/theirs.py:linear"
-    options = ["--images", "25", "--calibration", "0", "--audit-images", "2", "--norm", "l2", "--out", out]
-    computed = []
-    real = evaluate.compute
+    for file in here.glob("fitted-*.pt"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "theirs.py").write_text(MODELS)
+    options = ["--images", "4", "--audit-images", "1", "--norm", "l2", "--attack", "fab", "--out", tmp_path / "out"]
+    computed, real = [], evaluate.compute
+
+    def redone(*others):
+        """The kinds of the parts that are done with these options besides."""
+        computed.clear()
+        assert command(monkeypatch, f"{tmp_path}/theirs.py:linear", *options, *others) == 0
+        return sorted(computed)
+
     monkeypatch.setattr(evaluate, "compute", lambda unit, *rest: computed.append(unit.kind) or real(unit, *rest))
-    assert command(monkeypatch, spec, *options) == 0
-    assert sorted(computed) == ["audit", "evaluation"]
-    first = files_of(out)
-    assert command(monkeypatch, spec, *options) == 0
-    assert len(computed) == 2
-    assert files_of(out) == first
-    assert command(monkeypatch, spec, *options, "--attack", "pgd") == 0
-    assert computed[2:] == ["evaluation"]
-    assert command(monkeypatch, spec, *options, "--seed", "1") == 0
-    assert sorted(computed[3:]) == ["audit", "evaluation"]
-    with open(tmp_path / "theirs.py", "w") as file:  # the same weights behind another forward pass
-        file.write(MODELS.replace("return self.scale", "return 2 * self.scale"))
-    assert command(monkeypatch, f"{tmp_path}/theirs.py:linear", *options, "--seed", "1") == 0
-    assert sorted(computed[5:]) == ["audit", "evaluation"]
+    none = ["--calibration", "0"]
+    assert redone(*none) == ["audit", "evaluation"]
+    first = files_of(tmp_path / "out")
+    assert redone(*none) == []
+    assert files_of(tmp_path / "out") == first
+    assert redone("--calibration", "2", "--blocks", "0") == ["calibration"]
+    assert redone(*none, "--attack", "pgd") == ["evaluation"]
+    assert redone(*none, "--seed", "1") == ["audit", "evaluation"]
+    (tmp_path / "theirs.py").write_text(MODELS.replace("return self.scale", "return 2 * self.scale"))
+    assert redone(*none, "--seed", "1") == ["audit", "evaluation"]  # the same weights behind another forward pass
     monkeypatch.setattr(evaluate, "code", lambda: "another attack")
-    assert command(monkeypatch, f"{tmp_path}/theirs.py:linear", *options, "--seed", "1") == 0
-    assert sorted(computed[7:]) == ["audit", "evaluation"]
+    assert redone(*none, "--seed", "1") == ["audit", "evaluation"]
 
 
 def test_two_models_of_one_name_are_two_and_one_named_twice_is_one(here, tmp_path):
     (tmp_path / "theirs.py").write_text(MODELS)
     specs = [f"{here}/theirs.py:linear", f"{tmp_path}/theirs.py:linear", f"{here}/../{here.name}/theirs.py:linear"]
-    targets = evaluate.open_targets(specs, "digits", None, None, tmp_path / "out", 0)
-    assert [target.name for target in targets] == ["theirs-linear", "theirs-linear#2"]
-    assert targets[0].path != targets[1].path
+    targets = evaluate.open_targets(specs, settings(out=tmp_path / "out"))
+    assert len({target.name for target in targets}) == len({target.path for target in targets}) == 2
+    (alone,) = evaluate.open_targets(specs[1:2], settings(out=tmp_path / "out"))
+    assert alone.path == targets[1].path  # whoever is evaluated beside it
 
 
+@pytest.mark.usefixtures("_passing_audit")
 def test_what_an_earlier_evaluation_left_and_this_one_has_not_is_removed(here, monkeypatch):
     out, spec = here / "less", f"{here}/theirs.py:linear"
     few = ["--images", "2", "--calibration", "0", "--audit-images", "1", "--attack", "fab", "--out", out]
     assert command(monkeypatch, spec, *few, "--smoothing", "0.1", "--samples", "100") == 0
-    (out / "theirs-linear" / "notes.csv").write_text("mine")
-    before = {path.name for path in (out / "theirs-linear").iterdir()}
+    path = out / models.name_of_spec(spec)
+    (path / "notes.csv").write_text("mine")
+    for table in ("bounds.csv", "distances.csv"):  # of versions before this one
+        (path / table).write_text("old")
+    before = {file.name for file in path.iterdir()}
     assert command(monkeypatch, spec, *few, "--norm", "l2") == 0
-    after = {path.name for path in (out / "theirs-linear").iterdir()}
-    assert before - after == {"table1.csv", "table5.csv", "adversarial-linf.png"}
+    after = {file.name for file in path.iterdir()}
+    assert before - after == {"table1.csv", "table5.csv", "adversarial-linf.png", "bounds.csv", "distances.csv"}
     assert "notes.csv" in after
 
 
 # --- a run directory --------------------------------------------------------------------------------------
 
 
-def test_runs_are_compared_and_reported_in_their_own_directories(tmp_path, monkeypatch):
-    options = ["digits", "--subset", "300", "--batch-size", "20", "--epochs", "1", "--runs", str(tmp_path / "runs")]
-    for method, h in (("none", 0.1), ("fd", 0.1), ("fd", 0.2)):
-        monkeypatch.setattr(sys, "argv", ["train.py", *options, "--method", method, "--h", str(h)])
+def changed(run, name, step=0, **options):
+    """A copy of a run with other options in its config, and other weights where it has another step."""
+    path = run.parent / name
+    path.mkdir(exist_ok=True)
+    state = runs.read_checkpoint(run / "checkpoint.pt")
+    state["config"]["options"] |= options
+    state["step"] += step
+    for value in state["model"].values():
+        value += 0.01 * step
+    torch.save(state, path / "checkpoint.pt")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    options = ["--subset", "60", "--batch-size", "20", "--epochs", "1", "--method", "none", "--name", "run"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["train.py", "digits", *options, "--runs", str(root)])
         assert runs.run_command(train.main) == 0
-    targets = sorted(path for path in (tmp_path / "runs").iterdir() if path.name != "latest")
-    few = ["--images", "25", "--calibration", "0", "--audit-images", "2", "--norm", "linf", "--attack", "fab"]
+    return root / "run"
+
+
+@pytest.mark.usefixtures("_passing_audit")
+def test_runs_are_compared_and_reported_in_their_own_directories(trained, tmp_path, monkeypatch, capsys):
+    steps = {"a": ("none", 0.1), "b": ("fd", 0.1), "c": ("fd", 0.2)}
+    targets = [changed(trained, name, method=method, h=h) for name, (method, h) in steps.items()]
+    few = ["--images", "4", "--calibration", "0", "--audit-images", "2", "--norm", "linf", "--attack", "fab"]
     assert command(monkeypatch, *targets, *few, "--out", tmp_path / "out") == 0
     (together,) = (tmp_path / "out").iterdir()
     table4 = rows(together / "table4.csv")
     assert sorted(row["h"] for row in table4) == ["", "0.1", "0.2"]
     for row, target in zip(table4, targets, strict=True):
-        found = [float(image["distance linf (pixels 0 to 1)"]) for image in rows(target / "evaluation" / "images.csv")]
-        share = 100 * np.mean([d <= 8 / 255 for d in found])
+        share = 100 * np.mean([float(d) <= 8 / 255 for d in column(target / "evaluation", "distance linf")])
         assert row["model"] == target.name
         assert float(row["empirical_error_pct_8_255"]) == pytest.approx(share)
+        assert json.loads((target / "evaluation" / "summary.json").read_text())["images"] == 4
     lines = rows(together / "audit.csv")
     transfer = next(row for row in lines if "undefended network" in row["line"])
     assert sum(value.startswith(("pass", "FAIL")) for value in transfer.values()) == 2
-    assert "epochs of 300" in rows(together / "table1.csv")[0]["training"]
-    assert evaluate.seconds_of(targets[0] / "metrics.jsonl") > 0
-    with open(targets[0] / "metrics.jsonl", "a") as log:
-        log.write('{"kind": "epoch", "sec')
-    assert evaluate.seconds_of(targets[0] / "metrics.jsonl") > 0
-    for target in targets:
-        assert json.loads((target / "evaluation" / "summary.json").read_text())["images"] == 25
+    assert "1 epochs of 60" in rows(together / "table1.csv")[0]["training"]
+    assert not list(together.glob("bounds*"))
+
+    def marked():
+        found = json.loads((targets[0] / "evaluation" / "summary.json").read_text())
+        report_ = (targets[0] / "evaluation" / "report.md").read_text(encoding="utf-8")
+        assert f"{found['network']}, step {found['checkpoint_step']} of 3" in report_
+        return found["checkpoint_step"], found["network"]
+
+    step, network = marked()
+    assert step == 3
+    assert "other weights" not in capsys.readouterr().out
+    changed(targets[0], "a", step=-1)  # as after more training
+    assert command(monkeypatch, targets[0], *few) == 0
+    assert "the evaluation in it is of other weights (step 3); now" in capsys.readouterr().out
+    assert marked()[0] == 2
+    assert marked()[1] != network
+
+
+# --- images from folders ----------------------------------------------------------------------------------
+
+
+def folder(root, classes, size=8):
+    """Test images: root/test/<class>/<i>.png, of the brightness that belongs to the class."""
+    for name, brightness in classes.items():
+        (root / "test" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.full((size, size), brightness + i, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "test" / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(("name", "channels"), [("grey", 1), ("colour", 3)])
+def test_a_folder_is_shown_in_the_channels_the_network_takes(here, tmp_path, name, channels):
+    folder(tmp_path, {"dark": 30, "light": 220})
+    target = evaluate.open_factory(f"{here}/theirs.py:{name}", settings(dataset=str(tmp_path)))
+    images, labels = target.fetch(range(8), torch.device("cpu"))
+    assert images.shape == (8, channels, 8, 8)
+    assert labels.tolist() == [int(image.mean() > 0.5) for image in images]
+
+
+def test_large_images_are_shown_at_the_size_asked_for_and_measured_again_at_another(here, tmp_path):
+    folder(tmp_path, {"dark": 30, "light": 220}, size=100)
+    spec, world = f"{here}/theirs.py:colour", runs.World("cpu")
+    keys = []
+    for size in (16, 32):
+        asked = settings(dataset=str(tmp_path), size=size, out=tmp_path)
+        target = evaluate.open_factory(spec, asked)
+        evaluate.prepare(target, asked, world)
+        assert target.fetch([0], world.device)[0].shape == (1, 3, size, size)
+        keys.append(evaluate.key_of(evaluate.units_of(target, asked)[0], asked, world))
+    assert keys[0] != keys[1]
+
+
+def test_a_run_is_measured_on_the_users_folder_and_labels_follow_the_names_of_its_classes(
+    trained, tmp_path, monkeypatch
+):
+    """Also where a folder of the training's name lies in the working directory; an unknown class is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "digits", tmp_path / "set"):
+        folder(root, {"0": 10, "1": 200})
+    theirs = folder(tmp_path / "other", {"7": 30, "3": 220})
+    run = changed(trained, "folder", dataset="set", data_dir=str(tmp_path))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["config"]["class_names"] = [str(i) for i in range(10)]
+    torch.save(state, run / "checkpoint.pt")
+    target = evaluate.open_run(run, settings())
+    assert sorted(set(target.fetch(range(8), torch.device("cpu"))[1].tolist())) == [0, 1]
+    target = evaluate.open_run(run, settings(data_dir=theirs))
+    images, labels = target.fetch(range(8), torch.device("cpu"))
+    assert labels.tolist() == [3 if image.mean() > 0.5 else 7 for image in images]
+    assert target.classes == [str(i) for i in range(10)]
+    (theirs / "test" / "7").rename(theirs / "test" / "seven")
+    with pytest.raises(runs.Failure, match="seven"):
+        evaluate.open_run(run, settings(data_dir=theirs))
 
 
 # --- what it refuses --------------------------------------------------------------------------------------
@@ -555,12 +797,12 @@ def test_runs_are_compared_and_reported_in_their_own_directories(tmp_path, monke
         ("{here}/theirs.py:not_a_module", "int"),
         ("{here}/theirs.py:seven_classes", "7 classes"),
         ("{here}/theirs.py:nan", "not finite"),
-        ("{here}/theirs.py:detached", "grad"),
+        ("{here}/theirs.py:seven_classes --size 9", "8 x 8"),
         ("{here}", "checkpoint"),
     ],
 )
 def test_a_target_that_cannot_be_measured_is_refused_in_one_line(here, tmp_path, monkeypatch, capsys, target, says):
-    assert command(monkeypatch, target.format(here=here), *QUICK, "--out", tmp_path / "out") == 2
+    assert command(monkeypatch, *target.format(here=here).split(), *QUICK, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert says in err
@@ -568,7 +810,11 @@ def test_a_target_that_cannot_be_measured_is_refused_in_one_line(here, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "bad", [["--attack", "magic"], ["--norm", "l7"], ["--blocks", "3"], ["--smoothing", "-1"], ["--data", "nothing"]]
+    "bad",
+    [
+        *(["--attack", "magic"], ["--suite", "all"], ["--norm", "l7"], ["--blocks", "3"], ["--data", "nothing"]),
+        *(["--smoothing", "-1"], ["--smoothing", "1", "--smoothing", "nan"]),
+    ],
 )
 def test_bad_options_are_refused_in_one_line(here, tmp_path, monkeypatch, capsys, bad):
     assert command(monkeypatch, f"{here}/theirs.py:linear", *bad, "--out", tmp_path / "out") == 2
