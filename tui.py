@@ -1960,7 +1960,7 @@ class Dash(App):
     TITLE = "gradreg"
     BINDINGS: ClassVar = [
         Binding("ctrl+c", "quit", show=False, priority=True),
-        Binding("t", "change_theme", "theme"),
+        Binding("t", "change_theme", "theme", show=False),
     ]
     CSS = """
     Screen { layout: vertical; overflow: hidden; background: $background; }
