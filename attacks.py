@@ -178,6 +178,9 @@ def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
         model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, start: Tensor | None = None,
         generator: Generator | None = None, **options,
     ) -> Tensor:  # fmt: skip
+        for name, value in options.items():  # with no run at all every network would be robust
+            if isinstance(value, int) and value < least.get(name, 0):
+                raise ValueError(f"{name} must be at least {least.get(name, 0)}, not {value}")
         best = _Best(model, images, labels, norm, topk, start)
         search(best, generator=generator, **options)
         best.settle()
@@ -185,6 +188,7 @@ def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
 
     *common, _ = inspect.signature(attack, follow_wrapped=False).parameters.values()
     _, _, *own = inspect.signature(search).parameters.values()
+    least = {"steps": 1, "calls": 1, "restarts": int(search.__name__ == "_pgd")}
     attack.__signature__ = inspect.Signature([*common, *own], return_annotation=Tensor)
     attack.search = search
     return attack

@@ -849,6 +849,14 @@ def test_what_was_asked_for_is_named():
     for wrong in ({"budget": math.nan}, {"budget": 9.5}, {"patience": 0}):
         with pytest.raises(ValueError, match="budget must be at least 10 and patience positive"):
             attacks.smallest(model, images, labels, **wrong, **how)
+    for attack, wrong in (
+        ("pgd", {"restarts": 0}),
+        ("pgd", {"steps": 0}),
+        ("fab", {"steps": -1}),
+        ("boundary", {"calls": 0}),
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1, not"):
+            getattr(attacks, attack)(model, images, labels, **wrong, **how)
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), model).eval()
     model[1].train()
     with pytest.raises(ValueError, match=r"a part of the model \(1\) is in training mode"):
