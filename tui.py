@@ -2000,6 +2000,13 @@ class Dash(App):
     def on_mount(self) -> None:
         runs = [] if self.pick else [Run(path, self.stall) for path in self.paths]
         self.push_screen(Picker(self.paths[0]) if self.pick else Board(runs, self.view))
+        if not self.is_headless:
+            self.set_interval(1, self.leave_with_the_terminal)
+
+    def leave_with_the_terminal(self) -> None:
+        """End where the terminal is gone without a hang-up signal: reading from it would keep a core busy for ever."""
+        if not sys.__stdin__.isatty():
+            os._exit(1)
 
     def open_runs(self, paths: Sequence[Path]) -> None:
         """Leave every screen for a board of these runs; those that are open stay read."""

@@ -485,3 +485,20 @@ def test_the_benchmarks_runs_obey_the_contract(tmp_path):
     assert kinds["epoch"] == common | set(tui.GIVEN["epoch"]) - {"top5_error_pct"} | {"omega"}
     assert kinds["event"] == common | {"event", "message"}
     assert json.loads((writer.path / "status.json").read_text())["state"] == "running"
+
+
+def test_it_ends_with_a_terminal_that_goes_without_a_signal(runs):
+    """As when the program that held the terminal was killed: nobody is left to read for, or to write to."""
+    ours, its = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), its)
+    how = {"env": os.environ | {"TERM": "xterm"}, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, tui.__file__, runs / "a"], **streams, **how)
+    os.close(its)
+    drawn = b""
+    while b"loss" not in drawn:
+        drawn += os.read(ours, 65536)
+    os.close(ours)
+    try:
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
