@@ -1,6 +1,7 @@
 """Shared settings: derandomised Hypothesis in CI, one thread, no global state between tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, in what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that tests start must hear it
 
 torch.set_num_threads(1)  # tests run beside each other; threads that wait for each other crawl
 
