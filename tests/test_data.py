@@ -707,9 +707,12 @@ def test_killed_and_stopped_copying_goes_on(tmp_path, monkeypatch, capfd):
         arguments = [sys.executable, Path(data.__file__), originals, out, "--short-side", "160"]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         with subprocess.Popen(arguments, **how) as process:
-            wait_for(first.exists)
-            (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-            _, said = process.communicate(timeout=30)  # which ends when all its processes have
+            try:
+                wait_for(first.exists)
+                (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+                _, said = process.communicate(timeout=30)  # which ends when all its processes have
+            finally:
+                process.kill()
         assert said == ("data.py: stopped; the same command goes on from here\n" if signum == signal.SIGINT else "")
         assert process.returncode == (130 if signum == signal.SIGINT else -signum)
         for path in out.rglob("*.jpg"):
