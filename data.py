@@ -99,21 +99,24 @@ def order(count: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 def augment(
-    images: Tensor, u: Tensor, *, border: int = 4, fill: int = 128, flip: bool = True, cutout: int = 16
+    images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 128, flip: bool = True, cutout: int = 16
 ) -> Tensor:
     """Images (N, C, H, W) augmented by the uniform numbers u (N, 5): like images, but float.
 
-    Random crop after padding by `border` with value `fill`, horizontal flip, and cutout: a square of side `cutout`,
-    centred anywhere and clipped at the border, is filled with its own mean colour.
+    Random crop after padding by `border` with value `fill` (None: with the image, reflected), horizontal flip, and
+    cutout: a square of side `cutout`, centred anywhere and clipped at the border, is filled with its own mean colour.
     """
     y, x = (torch.arange(length, device=u.device) for length in images.shape[2:])
     corner = (u[:, :2] * (2 * border + 1)).long()
     rows, columns = corner[:, :1] + y, corner[:, 1:] + x
     if flip:
         columns = torch.where(u[:, 2:3] < 0.5, columns.flip(1), columns)
-    padded = pad(images, (border,) * 4, value=fill)
+    how = {"mode": "reflect"} if fill is None else {"value": fill}
+    padded = pad(images, (border,) * 4, **how)
     image = torch.arange(len(images), device=u.device)[:, None, None]
     images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float()
+    if not cutout:
+        return images
     even = cutout % 2 == 0
     top, left = ((u[:, [k]] * (len(line) + even)).long() - cutout // 2 for k, line in ((3, y), (4, x)))
     mask = ((y >= top) & (y < top + cutout))[:, None, :, None] & ((x >= left) & (x < left + cutout))[:, None, None]
@@ -129,6 +132,7 @@ class InMemory:
     labels: Tensor
     top: int = 255
     augmented: bool = False
+    cutout: bool = True  # of the augmentation: grey borders and cutout, or else reflected borders alone
     notes: Sequence[str] = ()
 
     def __len__(self) -> int:
@@ -144,7 +148,7 @@ class InMemory:
         if self.augmented:
             # Column 0 ordered the epoch; the augmentation has the others to itself.
             u = torch.from_numpy(uniforms(seed, epoch, indices, 6)[:, 1:]).to(images.device)
-            images = augment(images, u)
+            images = augment(images, u) if self.cutout else augment(images, u, fill=None, cutout=0)
         return images, self.labels[where], []
 
 
@@ -475,14 +479,14 @@ class Data:
                 sides.append(min(image.size))
         return int(np.median(sides or self.train.size))
 
-    def at(self, *, size: int, min_scale: float, rectangular: bool) -> "Data":
-        """The same images at another size; images held in memory stay as they are.
+    def at(self, *, size: int, min_scale: float, rectangular: bool, cutout: bool = True) -> "Data":
+        """The same images at another size; images held in memory stay as they are, augmented with or without cutout.
 
         Training shows random resized crops of at least min_scale of an image's area; the test images are evaluated in
         squares or, if `rectangular`, in the shape that `rectangle` gives each of them.
         """
         if self.small:
-            return self
+            return replace(self, train=replace(self.train, cutout=cutout))
         test = self.test.at(size, rectangular=rectangular)
         return replace(self, train=self.train.at(size, min_scale=min_scale), test=test)
 

@@ -3,6 +3,7 @@
     python train.py                             undefended and penalised networks on digits, and a table of both
     python train.py cifar10 --data-dir DIR      the paper's CIFAR-10 recipe with Algorithm 1 (on a linear last layer)
     python train.py cifar10 --method at         its baselines: none, at, free, noise
+    python train.py cifar10 --recipe fast       a small network and 16 epochs: minutes of a CPU
     torchrun --nproc_per_node 4 train.py imagenet --data-dir DIR
     python train.py --resume runs/latest        go on where a run stopped, or was stopped
 
@@ -95,7 +96,8 @@ class Options:
     attack_steps: int = baseline(7, "PGD steps, each of 1.75 eps / steps", of="at")
     replays: int = baseline(8, "steps on each batch, m; divides the recipe's epochs", of="free")
     sigma: float = baseline(0.25, "standard deviation", of="noise")
-    model: str = training("resnext34", "cnn, resnext34, resnext34-authors or resnet50")
+    recipe: Literal["paper", "fast"] = training("paper", "fast: for small colour images and two CPU cores", of="")
+    model: str = training("resnext34", "cnn, resnext34, resnext34-authors, resnet9, resnet9-narrow or resnet50")
     activation: Literal["relu", "gelu", "silu"] = training("relu", "in the place of every ReLU")
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
@@ -117,6 +119,8 @@ class Options:
     phases: tuple[Phase, ...] = (Phase(0, 0, 128),)
     weight_decay: float = 5e-4
     decay_biases: bool = True
+    nesterov: bool = False
+    cutout: bool = True  # of small images: grey borders and cutout; or else borders that are reflections
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,11 @@ RECIPES = {
         schedule=((0, 0.05, 0.05), (12, 0.01, 0.01), (24, 0.002, 0.002), (32, 0.0004, 0.0004), (40, 0, 0)),
     ),
     "cifar10": Options(),
+    # One cycle of the learning rate; a smooth activation, which the penalty costs less accuracy (results/README.md).
+    "cifar10-fast": Options(
+        recipe="fast", model="resnet9", activation="gelu", epochs=16, lr=0.02, nesterov=True, cutout=False,
+        amp=True, channels_last=True, schedule=((0, 0.02, 0.2), (3, 0.2, 0), (16, 0, 0)),
+    ),
     "imagenet": Options(  # the authors' sizes, batches (of four GPUs) and rates; lam and h in their coordinates
         dataset="imagenet", eps=4 / 255, penalty_space="normalized", model="resnet50", epochs=29, batch_size=512,
         lr=0.25, weight_decay=1e-4, decay_biases=False,
@@ -246,7 +255,8 @@ class Trainer:
         torch.manual_seed(self.options.seed)
         self.layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         self.network = models.from_config(config).to(world.device, memory_format=self.layout).train()
-        self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, momentum=0.9)
+        how = {"momentum": 0.9, "nesterov": self.options.nesterov}
+        self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, **how)
         self.free = Free(self.options.eps) if self.options.method == "free" else None
         self.share = {"rank": world.rank, "processes": world.size, "device": world.device}
         self.share |= {"workers": self.options.workers, "problems": self.watch.unreadable}
@@ -321,7 +331,9 @@ class Trainer:
         self.phase = phase
         # Images that a forward and a backward pass of a training step hold in memory here.
         self.at_once = phase.batch_size // (self.world.size * self.options.accumulate)
-        images = self.images.at(size=phase.size, min_scale=phase.min_scale, rectangular=phase.rectangular)
+        images = self.images.at(
+            size=phase.size, min_scale=phase.min_scale, rectangular=phase.rectangular, cutout=self.options.cutout
+        )
         self.train_images, self.test_images = images.train.to(self.world.device), images.test.to(self.world.device)
         if len(self.plan.phases) > 1:
             what = f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step"
@@ -743,7 +755,7 @@ LINF_RADII = {
 
 def recipe_of(dataset: str, images: data.Data) -> str:
     """A data set's own recipe; for an image folder that of the data set whose images it resembles."""
-    return dataset if dataset in RECIPES else "cifar10" if images.small else "imagenet"
+    return dataset if dataset in data.NAMES else "cifar10" if images.small else "imagenet"
 
 
 def check_given(given: dict[str, Any]) -> None:
@@ -764,9 +776,15 @@ def check_given(given: dict[str, Any]) -> None:
 
 def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     """All options of a run: those given, and the recipe's for the rest.  Raises Failure for what cannot work."""
-    recipe = RECIPES[recipe_of(given["dataset"], images)]
+    recipe = recipe_of(given["dataset"], images)
+    if given.get("recipe") == "fast":
+        if recipe != "cifar10":
+            raise Failure("--recipe fast: it is for small colour images, as CIFAR-10's; leave it out", 2)
+        recipe = "cifar10-fast"
+    recipe = RECIPES[recipe]
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2"} | coordinates_of(given, recipe)
+    own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
     own["workers"] = min(8, max(1, (os.cpu_count() or 1) // world.size))
     if method == "free":  # as many steps as the others
         own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
@@ -834,7 +852,8 @@ def name_of(options: Options) -> str:
     kinds = {"none": [], "noise": [f"sigma{options.sigma:g}"], "at": [options.norm, f"eps{options.eps:.3g}"]}
     kinds["free"] = [f"m{options.replays}", f"eps{options.eps:.3g}"]
     kind = kinds.get(options.method, [options.norm, f"lam{options.lam:g}"])
-    return "-".join([Path(options.dataset).name, options.method, *kind, f"seed{options.seed}"])
+    recipe = [options.recipe] if options.recipe != Options.recipe else []
+    return "-".join([Path(options.dataset).name, *recipe, options.method, *kind, f"seed{options.seed}"])
 
 
 def introduce(trainer: Trainer) -> None:
@@ -941,7 +960,7 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
 def located(dataset: str, data_dir: str | Path | None) -> dict[str, str | None]:
     """The options dataset and data_dir with an absolute place in them, which holds from any working directory."""
     place = os.path.abspath(data.place(dataset, data_dir))
-    return {"dataset": dataset, "data_dir": place} if dataset in RECIPES else {"dataset": place, "data_dir": None}
+    return {"dataset": dataset, "data_dir": place} if dataset in data.NAMES else {"dataset": place, "data_dir": None}
 
 
 def check_same(config: dict[str, Any], images: data.Data) -> None:

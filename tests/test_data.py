@@ -428,7 +428,7 @@ def test_pixels_are_those_that_are_stored_whatever_exif_says(tmp_path):
 
 def test_another_size_keeps_images_held_in_memory():
     digits = data.load("digits")
-    assert digits.at(size=288, min_scale=0.5, rectangular=True) is digits
+    assert digits.at(size=288, min_scale=0.5, rectangular=True).train.images is digits.train.images
 
 
 def test_another_size_changes_crops_and_nothing_else(tmp_path):
