@@ -163,6 +163,8 @@ def parameter(f: Any) -> Parameter:
     """A field of Command as typer reads it: with choices, methods and the recipes' defaults in its help."""
     text, of, choices = f.metadata["text"], f.metadata["of"], get_args(f.type) if get_origin(f.type) is Literal else ()
     found = {name: getattr(recipe, f.name, f.default) for name, recipe in RECIPES.items()}
+    if found["cifar10-fast"] == found["cifar10"]:
+        del found["cifar10-fast"]
     shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in found.values()]
     if len(set(shown)) > 1:
         text += f" ({', '.join(map(' '.join, zip(found, shown, strict=True)))})"

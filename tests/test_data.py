@@ -128,8 +128,12 @@ def test_evaluation_shows_every_image_once_unaugmented(processes):
 
 def slow_augmentation(image, u, *, border=4, fill=128, flip=True, cutout=16):
     channels, height, width = image.shape
-    padded = np.full((channels, height + 2 * border, width + 2 * border), fill, dtype=np.float64)
-    padded[:, border : border + height, border : border + width] = image
+    if fill is None:  # row -k is row k, and row n - 1 + k is row n - 1 - k
+        rows, columns = ([n - 1 - abs(n - 1 - abs(i - border)) for i in range(n + 2 * border)] for n in (height, width))
+        padded = image[:, rows][:, :, columns].astype(np.float64)
+    else:
+        padded = np.full((channels, height + 2 * border, width + 2 * border), fill, dtype=np.float64)
+        padded[:, border : border + height, border : border + width] = image
     top, left = int(u[0] * (2 * border + 1)), int(u[1] * (2 * border + 1))
     image = padded[:, top : top + height, left : left + width]
     if flip and u[2] < 0.5:
@@ -143,7 +147,12 @@ def slow_augmentation(image, u, *, border=4, fill=128, flip=True, cutout=16):
     return image
 
 
-HOW = {"border": st.integers(0, 5), "flip": st.booleans(), "cutout": st.integers(0, 9), "fill": st.integers(0, 255)}
+HOW = {
+    "border": st.integers(0, 5),
+    "flip": st.booleans(),
+    "cutout": st.integers(0, 9),
+    "fill": st.none() | st.integers(0, 255),
+}
 
 
 @given(seeds, st.just({}) | st.fixed_dictionaries(HOW))
@@ -153,6 +162,17 @@ def test_augmentation_is_crop_flip_and_cutout(seed, how):
     got = data.augment(torch.from_numpy(images), torch.from_numpy(u), **how).numpy()
     expected = np.stack([slow_augmentation(image, row, **how) for image, row in zip(images, u, strict=True)])
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cutout", [True, False])
+def test_small_images_are_augmented_with_cutout_or_with_reflected_borders(cutout):
+    images = torch.randint(1, 255, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = data.InMemory(images, torch.arange(4), augmented=True)
+    both = data.Data(source, source, list("abcd"), 1).at(size=8, min_scale=1, rectangular=False, cutout=cutout)
+    got = both.train.batch(np.arange(4), seed=3, epoch=2)[0]
+    u = torch.from_numpy(data.uniforms(3, 2, np.arange(4), 6)[:, 1:])
+    how = {} if cutout else {"fill": None, "cutout": 0}
+    torch.testing.assert_close(got, data.augment(images, u, **how), rtol=0, atol=0)
 
 
 def test_the_augmentation_of_an_image_depends_on_seed_epoch_and_its_index_alone():

@@ -64,6 +64,34 @@ def test_the_authors_head_has_a_relu_on_the_logits_and_ours_does_not():
     assert models.build("resnext34", classes=10)(x).min() < 0
 
 
+@pytest.mark.parametrize(("name", "width", "weights"), [("resnet9", 32, 611_872), ("resnet9-narrow", 16, 153_872)])
+def test_resnet9_has_nine_layers_and_pools_before_it_normalises(name, width, weights):
+    """With increasing scales and activation that is the ResNet-9 that pools last: the maximum commutes with them."""
+    network = models.build(name, classes=10).eval()
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 9
+    assert parameters(network) == weights
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 2)
+            nn.init.normal_(m.running_mean, std=0.1)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    images = torch.rand(2, 3, 32, 32)
+    x = (images - network[0].mean) / network[0].std
+
+    def conv(x, layer, norm):
+        return norm(layer(x)).relu()
+
+    convs, norms = layers[:-1], [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    pairs = list(zip(convs, norms, strict=True))
+    x = F.max_pool2d(conv(conv(x, *pairs[0]), *pairs[1]), 2)
+    x = x + conv(conv(x, *pairs[2]), *pairs[3])
+    x = F.max_pool2d(conv(F.max_pool2d(conv(x, *pairs[4]), 2), *pairs[5]), 2)
+    x = x + conv(conv(x, *pairs[6]), *pairs[7])
+    torch.testing.assert_close(network(images), layers[-1](x.amax((2, 3))) / 8)
+    assert convs[0].out_channels == width
+
+
 def test_normalization_without_a_scale_keeps_it_at_one():
     network = models.build("resnext34", classes=10)
     fixed = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.requires_grad]
@@ -91,7 +119,7 @@ def test_resnet50_normalises_first_and_starts_its_blocks_as_identities():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.build("resnet9", classes=10), "unknown model 'resnet9'"),
+        (lambda: models.build("resnet7", classes=10), "unknown model 'resnet7'"),
         (lambda: models.build("cnn", classes=10, activation="elu"), "unknown activation 'elu'"),
         (lambda: models.build("resnext34", classes=10, channels=1), "colour images"),
     ],

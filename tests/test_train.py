@@ -500,7 +500,11 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
     assert max(map(len, lines)) <= 80
     assert "fd|exact|jvp|none|noise|at|free" in done.stdout
     text = re.sub(r"[\s│]+", " ", done.stdout)
-    for shown in ("(digits 1, cifar10 0.1, imagenet 0.1)", "(digits 40, cifar10 200, imagenet 29)", "at: PGD steps"):
+    for shown in (
+        "(digits 1, cifar10 0.1, imagenet 0.1)",
+        "(digits 40, cifar10 200, cifar10-fast 16, imagenet 29)",
+        "at: PGD steps",
+    ):
         assert shown in text
     shown = [f.name for f in fields(train.Command) if f.metadata]
     for name in shown:
@@ -729,6 +733,8 @@ def test_the_penalty_buys_robustness(monkeypatch, tmp_path, capsys):
 
 
 def test_recipes_are_of_data_that_exists():
-    assert set(train.RECIPES) == set(train.LINF_RADII) == {"digits", "cifar10", "imagenet"}
-    assert all(name == recipe.dataset for name, recipe in train.RECIPES.items())
+    assert (
+        set(train.RECIPES) == {*train.LINF_RADII, "cifar10-fast"} == {"digits", "cifar10", "cifar10-fast", "imagenet"}
+    )
+    assert all(name.removesuffix("-fast") == recipe.dataset for name, recipe in train.RECIPES.items())
     assert data.load("digits", subset=20).small
