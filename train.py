@@ -91,6 +91,8 @@ class Options:
     penalty_space: Literal["pixel", "normalized"] = penalty(
         "pixel", "coordinates of gradient and step: as given, or behind the network's first layer", of="fd exact jvp"
     )
+    penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact jvp")
+    penalty_from: float = penalty(0.0, "share of the training before the penalty begins", of="fd exact jvp")
     # Madry et al. (2018), Shafahi et al. (2019), Cohen et al. (2019); docs/training.md says how the paper's own differ.
     eps: float = baseline(8 / 255, "radius; 8/255 is understood", of="at free", parser=fraction)
     attack_steps: int = baseline(7, "PGD steps, each of 1.75 eps / steps", of="at")
@@ -216,7 +218,15 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.options = network, replace(options or Options(), **changed)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Penalised:
+    def forward(self, images: Tensor, labels: Tensor, penalised: bool = True) -> Penalised:
+        options, n = self.options, len(images)
+        # The order of an epoch is random, so that the first images of a batch are a random part of it.
+        m = math.ceil(n * options.penalty_share) if penalised and options.method in PENALISED else 0
+        part = self.part(images[:m], labels[:m], options.method) if m else None
+        rest = self.part(images[m:], labels[m:], "none") if m < n else None
+        return gradreg.joined(part, rest.losses) if part and rest else part or rest
+
+    def part(self, images: Tensor, labels: Tensor, method: str) -> Penalised:
         options, x, network = self.options, images, self.network
         if options.penalty_space == "normalized":
             first, network = models.coordinates(network)
@@ -231,11 +241,11 @@ class Objective(nn.Module):
             return cross_entropy(logits.float(), labels)
 
         norm, scout = options.norm, rounded if options.amp else None
-        if options.method == "fd":
+        if method == "fd":
             return gradreg.fd_penalty(loss_fn, x, norm=norm, h=options.h, central=options.central, scout=scout)
-        if options.method == "exact":
+        if method == "exact":
             return gradreg.exact_penalty(loss_fn, x, norm=norm)
-        if options.method == "jvp":
+        if method == "jvp":
             return gradreg.jvp_penalty(loss_fn, x, norm=norm, scout=scout)
         losses = (scout or loss_fn)(x)
         return Penalised(losses, torch.zeros_like(losses), None)
@@ -266,7 +276,7 @@ class Trainer:
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """One step of Algorithm 1, or of a baseline, on this process's share of a batch, in --accumulate parts."""
-        self.rate = self.plan.rate(self.step)
+        self.rate, penalised = self.plan.rate(self.step), self.plan.penalised(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         inputs, parts = training_inputs(self, images, labels), self.options.accumulate
@@ -275,7 +285,7 @@ class Trainer:
         for i, part in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), 1):
             last = i == parts or self.world.size == 1  # with it the processes average their gradients
             with contextlib.nullcontext() if last else self.objective.no_sync():
-                out = self.objective(*part)
+                out = self.objective(*part, penalised)
                 (out.objective(self.options.lam) / parts).backward()
             self.meter.add(out)
         self.optimizer.step()
@@ -375,6 +385,7 @@ class Plan:
 
     def __init__(self, options: Options, images: int, processes: int = 1):
         self.phases, self.schedule, self.epochs = options.phases, options.schedule, options.epochs
+        self.penalty_from = options.penalty_from
         self.replays = options.replays if options.method == "free" else 1
         for phase in self.phases:
             if phase.batch_size > images:
@@ -400,6 +411,9 @@ class Plan:
         """Epochs done before a step."""
         epoch, done = self.locate(step)
         return epoch + (done / self.steps[epoch] if done else 0)
+
+    def penalised(self, step: int) -> bool:
+        return self.epoch(step) >= self.penalty_from * self.epochs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: phases may be stretched unevenly, the schedule follows them."""
@@ -548,12 +562,14 @@ class Meter:
     @torch.no_grad()
     def add(self, out: Penalised) -> None:
         self.images += len(out.losses)
-        slopes = torch.zeros_like(out.losses)
+        slopes = errors = torch.zeros_like(out.losses)
         if out.grad is not None:
+            m, n = len(out.grad), len(out.losses)
             slopes = (out.grad * gradreg.direction(out.grad, self.options.norm)).flatten(1).sum(1)
+            errors = ((out.penalties[:m] * (m / n)).sqrt() - slopes).abs()
             self.norms.append(gradreg.dual_norm(out.grad, self.options.norm))
-        penalties, errors = self.options.lam / 2 * out.penalties, (out.penalties.sqrt() - slopes).abs()
-        self.sums += torch.stack([out.losses, penalties, errors, slopes]).double().sum(1)
+        sums = out.losses, self.options.lam / 2 * out.penalties, errors, slopes
+        self.sums += torch.stack([values.double().sum() for values in sums])
 
     def read(self) -> tuple[dict[str, Any], float]:
         """The fields of a "step" record, over all processes, and the slowest one's seconds; clears the meter."""
@@ -597,7 +613,7 @@ class Watch:
     def record(self) -> None:
         """A "step" record.  Raises Failure when the loss is not finite."""
         trainer = self.trainer
-        if trainer.options.method not in PENALISED:  # no step has computed an input gradient: look at a few images
+        if not trainer.meter.norms:  # no step has computed an input gradient: look at a few images
             images, labels = self.last
             with evaluating(trainer.network):
                 _, grad = gradreg.input_gradient(lambda z: cross_entropy(trainer.network(z), labels), images)
@@ -768,8 +784,9 @@ def check_given(given: dict[str, Any]) -> None:
         if value is not None and of and method not in of:
             raise Failure(f"{flag} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
-            zero, most = f.name in {"lam", "seed", "workers"}, math.inf if isinstance(value, float) else 10**9
-            most = {"seed": 2**64 - 1, "epochs": 10**5}.get(f.name, most)
+            zero = f.name in {"lam", "seed", "workers", "penalty_from"}
+            most = math.inf if isinstance(value, float) else 10**9
+            most = {"seed": 2**64 - 1, "epochs": 10**5, "penalty_share": 1, "penalty_from": 1}.get(f.name, most)
             if not 0 <= value < math.inf or (value == 0 and not zero):
                 raise Failure(f"{flag} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
@@ -862,15 +879,18 @@ def introduce(trainer: Trainer) -> None:
     """What is trained, how, on what, at which cost, in one line."""
     options, images, steps = trainer.options, trainer.images, trainer.plan.total - trainer.step
     own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
-    how = [f"{name} {value:g}" for name, value in own.items() if not isinstance(value, bool | str)]
+    whole = {"penalty_share": 1.0, "penalty_from": 0.0}
+    how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and v != whole.get(k)]
     weights = sum(parameter.numel() for parameter in trainer.network.parameters())
     sides = images.train.images.shape[2] if images.small else ", ".join(f"{phase.size}" for phase in options.phases)
-    units = {"fd": 10 if options.central else 7, "exact": 6, "jvp": 10, "at": 3 + 2 * options.attack_steps}
+    # Units of work beside the three of a plain step.
+    extra = {"fd": 7 if options.central else 4, "exact": 3, "jvp": 7, "at": 2 * options.attack_steps}
+    share = options.penalty_share * (1 - options.penalty_from) if options.method in PENALISED else 1
     trainer.world.console.print(
         f"{trainer.run.path.name}: {', '.join([options.method, options.norm, *how])}; {options.model}, {weights:,}"
         f" parameters; {options.dataset}, {len(images.train):,} training and {len(images.test):,} test images,"
         f" {len(images.classes)} classes, {sides} pixels a side; {steps:,} steps of {options.batch_size} images,"
-        f" each at the cost of {units.get(options.method, 3) / 3:.3g} plain"
+        f" each at the cost of {1 + extra.get(options.method, 0) * share / 3:.3g} plain"
     )
 
 

@@ -98,6 +98,24 @@ def test_cross_entropy_is_torchs(seed, shift):
     )
 
 
+@given(seeds, st.integers(1, 4))
+def test_the_penalty_on_a_random_part_is_on_average_that_on_the_whole_batch(seed, m):
+    """Over all cyclic parts of m images, in each of which every image is as often as any other."""
+    _, loss_fn, x = smooth_case(seed)
+    whole = exact_penalty(loss_fn, x, norm="l2")
+    means = []
+    for start in range(len(x)):
+        order = [(start + k) % len(x) for k in range(len(x))]
+        part = gradreg.Penalised(*(values[order[:m]] for values in whole))
+        out = gradreg.joined(part, whole.losses[order[m:]])
+        assert len(out.penalties) == len(out.losses) == len(x)
+        torch.testing.assert_close(out.losses, whole.losses[order])
+        assert (out.penalties[m:] == 0).all()
+        assert len(out.grad) == m
+        means.append(out.objective(lam=0.7))
+    torch.testing.assert_close(torch.stack(means).mean(), whole.objective(lam=0.7))
+
+
 # --- norms and directions ---------------------------------------------------------------------------------
 
 

@@ -132,8 +132,8 @@ def spied(monkeypatch):
     seen = []
 
     class Spy(train.Objective):
-        def forward(self, images, labels):
-            out = super().forward(images, labels)
+        def forward(self, images, labels, penalised=True):
+            out = super().forward(images, labels, penalised)
             seen.append((self.options.method, images.clone(), out.objective(0.5).item()))
             return out
 
@@ -142,12 +142,20 @@ def spied(monkeypatch):
     return seen
 
 
-def test_the_penalty_in_the_log_is_what_is_added_to_the_loss(monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", [{}, {"--penalty-share": 0.3}, {"--penalty-from": 0.5}])
+def test_the_penalty_in_the_log_is_what_is_added_to_the_loss(monkeypatch, tmp_path, part):
     seen = spied(monkeypatch)
-    assert command(monkeypatch, *SMALL, "--epochs", 1, "--lam", 0.5, "--runs", tmp_path) == 0
-    logged = [r["loss"] + r["penalty"] for r in records(tmp_path / "latest", "step")]
+    options = [word for pair in part.items() for word in pair]
+    assert command(monkeypatch, *SMALL, "--epochs", 1, "--lam", 0.5, "--runs", tmp_path, *options) == 0
+    steps = records(tmp_path / "latest", "step")
+    logged = [r["loss"] + r["penalty"] for r in steps]
     scalars = [scalar for _, _, scalar in seen]
     assert logged == pytest.approx([scalars[0], sum(scalars[1:10]) / 9, sum(scalars[10:]) / 10], rel=1e-5)
+    late = "--penalty-from" in part  # steps 10 to 19 of 20
+    assert [r["penalty"] > 0 for r in steps] == [not late, not late, True]
+    assert [r["fd_error_pct"] is None for r in steps] == [late, late, False]
+    assert 0 < steps[-1]["fd_error_pct"] < 30
+    assert all(r["grad_norm_mean"] > 0 for r in steps)
 
 
 def test_noise_training_adds_that_noise_to_the_images(monkeypatch, tmp_path):
@@ -514,10 +522,12 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
 def test_an_option_that_a_method_does_not_have_is_refused_and_no_other():
     values = {"h": 0.1, "lam": 0.1, "eps": 0.1, "sigma": 0.1, "attack_steps": 3, "replays": 3}
     values |= {"central": True, "amp": True, "compile": True, "penalty_space": "pixel"}
+    values |= {"penalty_share": 0.5, "penalty_from": 0.5}
+    every = {"lam", "penalty_space", "penalty_share", "penalty_from"}
     meant = {
-        "fd": {"h", "lam", "central", "amp", "compile", "penalty_space"},
-        "exact": {"lam", "penalty_space"},
-        "jvp": {"lam", "amp", "penalty_space"},
+        "fd": {"h", "central", "amp", "compile", *every},
+        "exact": every,
+        "jvp": {"amp", *every},
         "none": {"amp", "compile"},
         "noise": {"sigma", "amp", "compile"},
         "at": {"eps", "attack_steps", "amp", "compile"},
