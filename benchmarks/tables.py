@@ -2,16 +2,21 @@
 
     python benchmarks/tables.py digits --images 150 --audit-images 10       about an hour on two CPU cores
     python benchmarks/tables.py cifar10 --data-dir DIR --seeds 1            wants a GPU
+    python benchmarks/tables.py cifar10 --data-dir DIR --seeds 1 --fast --model resnet9-narrow --epochs 12       hours
 
-Runs `train.py` once for each row and seed (13 networks a seed) and `evaluate.py` once for each table and seed, with
-names that are fixed: killed and started again it goes on where it was.  It ends with a Markdown table of means over
-the seeds (lowest to highest seed in brackets), and Spearman's rank correlation of each column with the paper's.
+Runs `train.py` and then `evaluate.py` once for each row and seed (13 networks a seed), with names that are fixed:
+killed and started again it goes on where it was, and a row whose evaluation is there is not trained again.  --only
+names rows to go on with; the others are left out of the table until they are there.  It ends with a Markdown table of
+means over the seeds (lowest to highest seed in brackets), and Spearman's rank correlation of each column with the
+paper's.
 On digits, whose images have 64 pixels, adversarial training uses eps 0.03 and 0.1 in the place of 2/255 and 8/255, and
 errors at 8/255 and 32/255 stand where the paper has 2/255 and 8/255; the finite difference step is the recipe's 0.1.
-On CIFAR-10 the network is the authors', with their last layers.  Bounds are the paper's, sampled, beside the paper's.
+On CIFAR-10 the network is the authors', with their last layers, or with --fast that of the fast recipe.
+Bounds are the paper's, sampled, beside the paper's.
 """
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +27,9 @@ import typer
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+AUTHORS = ["--model", "resnext34-authors"]
 
 
 class Row(NamedTuple):
@@ -41,8 +49,11 @@ class Column(NamedTuple):
     paper: str
 
 
-def rows_of(dataset: str) -> list[Row]:
-    """The rows of Tables 1 and 2: the l1 penalties are Table 1's, the l2 penalties Table 2's, the others in both."""
+def rows_of(dataset: str, recipe: list[str] = AUTHORS) -> list[Row]:
+    """The rows of Tables 1 and 2: the l1 penalties are Table 1's, the l2 penalties Table 2's, the others in both.
+
+    recipe: options of `train.py cifar10`.
+    """
     small, large = ("0.03", "0.1") if dataset == "digits" else ("2/255", "8/255")
     rows = [Row("none", "undefended", (1, 2), ["--method", "none"])]
     for eps, paper in ((small, "2/255"), (large, "8/255")):
@@ -59,8 +70,8 @@ def rows_of(dataset: str) -> list[Row]:
                 paper = f"{kind} ({how}) lambda={lam}" + " h=0.1" * large_step
                 options = ["--method", method, "--norm", norm, "--lam", lam, *step]
                 rows.append(Row(f"{method}-{norm}-lam{lam}", paper, (table,), options))
-    network = [] if dataset == "digits" else ["--model", "resnext34-authors"]
-    return [row._replace(options=[*row.options, *network]) for row in rows]
+    recipe = [] if dataset == "digits" else recipe
+    return [row._replace(options=[*row.options, *recipe]) for row in rows]
 
 
 def columns_of(dataset: str, table: int) -> list[Column]:
@@ -112,22 +123,24 @@ def papers(table: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def table_of(dataset: str, number: int, out: Path, seeds: int) -> list[str]:
-    """Lines of Markdown: means over the seeds, and rank correlations with the paper's columns."""
-    rows = [row for row in rows_of(dataset) if number in row.tables]
-    columns, paper = columns_of(dataset, number), papers(number)
-    files = [next((out / f"table{number}-seed{seed}").glob(f"*/table{number}.csv")) for seed in range(seeds)]
-    found = [read(file) for file in files]
+def table_of(dataset: str, prefix: str, number: int, out: Path, seeds: int) -> list[str]:
+    """Lines of Markdown: of the rows that are there, means over seeds; rank correlations with the paper's columns."""
+    columns, paper, found = columns_of(dataset, number), papers(number), {}
+    for row in rows_of(dataset):
+        names = [f"{prefix}-{row.name}-seed{seed}" for seed in range(seeds)]
+        files = [file for name in names if (file := out / name / f"table{number}.csv").exists()]
+        if files:
+            found[row.name] = [values for file in files for values in read(file).values()]
+    rows = [row for row in rows_of(dataset) if row.name in found]
 
     def values(row: Row, column: Column) -> np.ndarray:
-        cells = [found[s][f"{dataset}-{row.name}-seed{s}"].get(column.ours) for s in range(seeds)]
-        return np.array([cell or np.nan for cell in cells], dtype=float)
+        return np.array([cells.get(column.ours) or np.nan for cells in found[row.name]], dtype=float)
 
-    lines = [f"Table {number} on {dataset}, means over the seeds 0 to {seeds - 1} (lowest to highest)", ""]
+    lines = [f"Table {number} on {prefix}, means over the seeds (lowest to highest)", ""]
     lines += ["| row of the paper | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         cells = (values(row, column) for column in columns)
-        shown = [f"{v.mean():.3g}" + f" ({v.min():.3g} to {v.max():.3g})" * (seeds > 1) for v in cells]
+        shown = [f"{v.mean():.3g}" + f" ({v.min():.3g} to {v.max():.3g})" * (len(v) > 1) for v in cells]
         lines.append(f"| {row.paper} | " + " | ".join(shown) + " |")
     ranks = []
     for column in columns:
@@ -145,28 +158,52 @@ def main(
     data_dir: Annotated[Path, typer.Option(help="Where the images are.")] = Path("data"),
     seeds: Annotated[int, typer.Option(help="0, 1, ... of the networks.", min=1)] = 3,
     images: Annotated[int, typer.Option(help="Images to evaluate.")] = 1000,
+    calibration: Annotated[int, typer.Option(help="Images that calibrate the bounds.")] = 200,
     audit_images: Annotated[int, typer.Option(help="Images for the masking audit.")] = 100,
     blocks: Annotated[int, typer.Option(help="Blocks for the paper's estimate by sampling.")] = 100,
     attack: Annotated[list[str] | None, typer.Option(help="Attacks to use (default: all).")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Train cifar10 by the fast recipe.")] = False,
+    model: Annotated[str, typer.Option(help="Of the fast recipe.")] = "resnet9",
+    epochs: Annotated[int, typer.Option(help="Of the fast recipe.")] = 16,
+    only: Annotated[list[str] | None, typer.Option(help="Rows to go on with: none, fd-l2-lam1, ...")] = None,
     runs: Annotated[Path, typer.Option(help="Where the networks are kept.")] = Path("runs"),
     out: Annotated[Path, typer.Option(help="Where the tables are written.")] = Path("evaluations"),
 ) -> None:
     if dataset not in ("digits", "cifar10"):
         raise typer.BadParameter("choose digits or cifar10, which the paper's rows are for")
-    rows = rows_of(dataset)
-    for seed in range(seeds):
-        for row in rows:
-            name = f"{dataset}-{row.name}-seed{seed}"
-            where = ["--data-dir", data_dir, "--runs", runs, "--name", name]
-            run("train.py", dataset, *row.options, "--seed", str(seed), *where)
-    how = ["--images", images, "--calibration", 200, "--audit-images", audit_images, "--blocks", blocks]
+    recipe = ["--recipe", "fast", "--model", model, "--epochs", str(epochs)] if fast else AUTHORS
+    prefix = f"{dataset}-{model}" if fast else dataset
+    rows = rows_of(dataset, recipe)
+    if unknown := {*(only or [])} - {row.name for row in rows}:
+        raise typer.BadParameter(f"--only {min(unknown)}: the rows are {', '.join(row.name for row in rows)}")
+    how = ["--images", images, "--calibration", calibration, "--audit-images", audit_images, "--blocks", blocks]
     how += [part for name in attack or [] for part in ("--attack", name)]
     for seed in range(seeds):
-        for number, norm in ((1, "linf"), (2, "l2")):
-            targets = [runs / f"{dataset}-{row.name}-seed{seed}" for row in rows if number in row.tables]
-            run("evaluate.py", *targets, "--norm", norm, *how, "--out", out / f"table{number}-seed{seed}")
-    text = "\n".join(line for number in (1, 2) for line in table_of(dataset, number, out, seeds))
-    (out / f"tables-{dataset}.md").write_text(text)
+        for row in rows:
+            name = f"{prefix}-{row.name}-seed{seed}"
+            if (only and row.name not in only) or (out / name).exists():
+                continue
+            run(
+                "train.py",
+                dataset,
+                *row.options,
+                "--seed",
+                str(seed),
+                "--data-dir",
+                data_dir,
+                "--runs",
+                runs,
+                "--name",
+                name,
+            )
+            norms = [part for number in row.tables for part in ("--norm", {1: "linf", 2: "l2"}[number])]
+            run("evaluate.py", runs / name, *norms, *how)
+            (out / name).mkdir(parents=True)
+            for file in (*(runs / name / "evaluation").glob("*.csv"), runs / name / "evaluation" / "report.md"):
+                if file.name != "images.csv":
+                    shutil.copy(file, out / name)
+    text = "\n".join(line for number in (1, 2) for line in table_of(dataset, prefix, number, out, seeds))
+    (out / f"tables-{prefix}.md").write_text(text)
     print(text)
 
 
