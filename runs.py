@@ -50,11 +50,16 @@ LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed 
 # --- errors, in one line ----------------------------------------------------------------------------------
 
 
+def one_line(text: str) -> str:
+    """The text on one line that every terminal of UTF-8 can show: file names may hold any bytes."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
 class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
 
     def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.code = code
 
 
@@ -116,9 +121,6 @@ def explain(error: BaseException) -> tuple[str, int | None]:
         return text, error.code
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; try a smaller --batch-size", 1
-    if text.startswith("DataLoader worker (pid"):  # its process is gone: the kernel wanted its memory back
-        lacking = "shared memory (docker run --shm-size)" if "Bus error" in text else "memory"
-        return f"a process that reads images was killed, for want of {lacking} perhaps; try fewer --workers", 1
     gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
     if gone or isinstance(error, dist.DistError):
         return "another process of this job is gone; start the same command again, or resume the run", 1

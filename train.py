@@ -112,7 +112,7 @@ class Options:
     subset: int | None = training(None, "train on N images and test on at most N (all)")
     split: float = training(0.0, "share of a folder's images to keep for testing, where it has no test/ or val/")
     data_dir: str | None = placed(None, "where the images are (data)", metavar="DIR")
-    workers: int | None = placed(None, "processes that decode large images (one a core, up to 8)")
+    workers: int | None = placed(None, "threads that decode large images (one a core, up to 8)")
     checkpoint_minutes: float = placed(10.0, "between checkpoints inside an epoch: what a power cut may cost")
     # Not on the command line.  schedule: epoch, learning rate there, and at the next row; linear in between.
     schedule: tuple[tuple[float, float, float], ...] = (
