@@ -58,16 +58,17 @@ def one_line(text: str) -> str:
 class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
 
-    def __init__(self, message: str, code: int = 1):
+    code = 1
+
+    def __init__(self, message: str, code: int | None = None):
         super().__init__(one_line(message))
-        self.code = code
+        self.code = code or self.code
 
 
 class Unusable(Failure, ValueError):
     """Bad input: a file, a folder, a value that cannot be used.  The message is one line and says what to do."""
 
-    def __init__(self, message: str):
-        super().__init__(message, 2)
+    code = 2
 
 
 def run_command(command: Callable[..., None]) -> int:
@@ -116,7 +117,7 @@ class Screen(io.TextIOWrapper):
 
 def explain(error: BaseException) -> tuple[str, int | None]:
     """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if isinstance(error, Failure):
         return text, error.code
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -129,13 +130,8 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
         return "stopped", 130
     if hasattr(error, "format_message"):
-        return " ".join(error.format_message().split()), error.exit_code
+        return one_line(error.format_message()), error.exit_code
     return text, None
-
-
-def reason_of(error: BaseException) -> str:
-    """Any error in one line."""
-    return explain(error)[0]
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -178,15 +174,12 @@ class World:
             raise Unusable(f"--device {name}: no such device; use cpu or cuda:N, torch sees {count} of these") from None
         return device
 
-    def sum(self, values: Tensor) -> list[float]:
-        """Elementwise sums over the processes."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
     def max(self, values: Tensor) -> list[float]:
         """Elementwise maxima over the processes."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self.sum(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: Tensor, operation: Any) -> list[float]:
+    def sum(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> list[float]:
+        """Elementwise sums over the processes."""
         values = values.to(self.device, torch.float64)
         if self.size > 1:
             dist.all_reduce(values, operation)

@@ -971,7 +971,7 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
             trainer.fit()
         except BaseException as error:
             if trainer.run.state == "running":
-                reason = runs.reason_of(error)
+                reason, _ = runs.explain(error)
                 with contextlib.suppress(OSError):  # a full disk, say, must not hide the error itself
                     trainer.run.end("failed", "error", reason, error=reason)
             raise

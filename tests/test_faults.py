@@ -27,7 +27,8 @@ from benchmarks import faults
 from benchmarks.faults import JOB, STEPS, Pair, assert_ended_as, free_port, last_step, lost, records, state, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-LITTLE = ["digits", "--subset", "80", "--batch-size", "2", "--epochs", "2"]  # 80 steps, 40 an epoch
+EPOCH = 30  # steps
+LITTLE = ["digits", "--subset", f"{2 * EPOCH}", "--batch-size", "2", "--epochs", "2"]
 OFTEN = ["--checkpoint-minutes", "1e-9"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 PATIENCE = 120  # seconds, for anything: machines differ
@@ -154,6 +155,34 @@ def named(root, *more, **how):
     return Job(root / "run", *JOB, "--runs", root, "--name", "run", *more, **how)
 
 
+class Launched:
+    """Context: two processes whose parent, which they take for torchrun, is killed at the end: kill -9."""
+
+    def __init__(self, log, *arguments):
+        self.log, self.arguments = log, arguments
+
+    def __enter__(self):
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.environ["TORCHELASTIC_RUN_ID"] = "launched"
+                Pair(self.log, *self.arguments).end()
+            finally:
+                os._exit(1)
+        return self
+
+    def __exit__(self, *_):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    @property
+    def output(self):
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def lines(self):
+        return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
+
+
 # --- a job of torchrun, and what may befall it ------------------------------------------------------------
 
 
@@ -177,17 +206,15 @@ def test_a_job_through_many_faults(monkeypatch, tmp_path, whole, capsys):
     assert last_step(run) == runs.read_checkpoint(run / "checkpoint.pt")["step"] < STEPS
     content = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    with named(root) as again:
-        faults.wait_until(lambda: len(lost(run)) == 2 or again.process.poll() is not None, what=again.output)
+    with Launched(tmp_path / "launched", *JOB, "--runs", root, "--name", "run") as again:
+        faults.wait_until(lambda: len(lost(run)) == 2, what=again.output)
         assert command(monkeypatch, "--resume", run) == 2  # and nothing that the others do changes by it
         assert "is working on it" in capsys.readouterr().err
-        again.process.kill()
-        faults.wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
-        assert again.end() == -signal.SIGKILL
-        assert "going on from the one before it" in again.output
-        assert state(run) == "interrupted"
-        (line,) = again.lines()
-        assert line.startswith("train.py: stopped by SIGTERM at step")
+    faults.wait_until(again.lines, what=again.output)
+    assert state(run) == "interrupted"
+    assert "going on from the one before it" in again.output
+    (line,) = again.lines()
+    assert line.startswith("train.py: stopped by SIGTERM at step")
     with Pair(tmp_path / "log", "--resume", run) as last:
         assert last.end() == [0, 0], last.output
     assert len(lost(run)) == 3
@@ -300,10 +327,10 @@ def test_a_signal_during_an_evaluation_puts_it_off(monkeypatch, tmp_path, alone,
         assert command(monkeypatch, *LITTLE, "--runs", tmp_path, "--name", "run") == 143
     run = tmp_path / "run"
     assert state(run) == "interrupted"
-    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == 40 * epoch
-    assert [r["step"] for r in records(run, "epoch")] == [40, 80][: epoch - 1]
+    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == EPOCH * epoch
+    assert [r["step"] for r in records(run, "epoch")] == [EPOCH, 2 * EPOCH][: epoch - 1]
     assert command(monkeypatch, "--resume", run) == 0
-    assert [r["step"] for r in records(run, "epoch")] == [40, 80]
+    assert [r["step"] for r in records(run, "epoch")] == [EPOCH, 2 * EPOCH]
     assert lost(run) == [0]
     assert_ended_as(run, alone)
 

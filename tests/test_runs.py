@@ -101,7 +101,6 @@ def test_an_error_is_one_line_and_a_code_unless_it_is_ours(error, words, code):
     assert words in line
     assert len(line.splitlines()) == 1
     assert found == code
-    assert runs.reason_of(error) == line
 
 
 # --- the screen -------------------------------------------------------------------------------------------
