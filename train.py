@@ -357,7 +357,7 @@ class Trainer:
         state = {name: getattr(self, name) for name in ("config", "step", "seconds", "evaluated", "fields")}
         state |= {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.free:
-            state["delta"] = self.world.join(self.free.delta)
+            state["delta"] = torch.cat(self.world.gather(self.free.delta.cpu()))
         self.checkpoints.save(state)
         self.run.event("checkpoint", f"checkpoint at step {self.step}")
         self.meter.clear()

@@ -567,6 +567,8 @@ def test_a_lost_disk_is_an_error(tmp_path, workers):
     problems = []
     assert list(data.evaluation_batches(loaded.test, batch_size=4, device=CPU, problems=problems)) == []
     assert len(problems) == 12
+    with pytest.raises(data.DataError, match="none of 3 images can be read"):
+        data.fetch(loaded.test, np.arange(3), CPU, problems=problems)
 
 
 # --- smaller copies ---------------------------------------------------------------------------------------
@@ -616,14 +618,20 @@ def test_copies_are_smaller_and_never_larger(tmp_path, monkeypatch, capsys):
 
 
 def test_copies_are_the_same_images_to_a_network(tmp_path, monkeypatch):
+    """Also where a class has no images, or some in a folder inside its own."""
     originals, out = photographs(tmp_path / "in"), tmp_path / "out"
+    for part in ("train", "val"):
+        (originals / part / "between").mkdir()
+        (originals / part / "c1/more").mkdir()
+        (originals / part / "c1/n1.v.JPEG").rename(originals / part / "c1/more/n1.JPEG")
     assert command(monkeypatch, originals, out) == 0
     for name, data_dir in (("imagenet", out), (str(out), None)):
         ours, theirs = (
             d.at(size=128, min_scale=0.3, rectangular=True)
             for d in (data.load(name, data_dir), data.load(str(originals)))
         )
-        assert ours.classes == theirs.classes == ["c0", "c1"]
+        assert ours.classes == theirs.classes == ["between", "c0", "c1"]
+        assert ours.train.labels.tolist() == theirs.train.labels.tolist() == [1, 1, 1, 2, 2, 2]
         assert ours.train.path(0).parts[-4] == "160"
         for x, x2 in zip(batches(ours.train, batch_size=3), batches(theirs.train, batch_size=3), strict=True):
             assert torch.equal(x[1], x2[1])
@@ -743,60 +751,35 @@ def test_killed_and_stopped_copying_goes_on(tmp_path, monkeypatch, capfd):
     assert tree(out) == tree(tmp_path / "at once")
 
 
-def in_itself(root):
-    return root, root / "copies"
+NOTHING = lambda root: None  # noqa: E731
+REFUSED_COPIES = {  # what is done to the folder beforehand; DIR, OUT and more, under its parent; and the message
+    "no train": (NOTHING, "in/train out", "no folder train in it"),
+    "no test": (lambda root: shutil.rmtree(root / "val"), "in out", "no folder test or val in it"),
+    "itself": (NOTHING, "in in", "choose a new folder"),
+    "in itself": (NOTHING, "in in/copies", "choose a new folder"),
+    "through a link": (lambda root: (root.parent / "l").symlink_to(root), "in l/copies", "choose a new folder"),
+    "into images": (lambda root: write_images(root.parent / "other", 1), "in other", "holds images itself"),
+    "too small": (NOTHING, "in out --short-side 31", "--short-side"),
+    "there": (
+        lambda root: (root.parent / "out/160").mkdir(parents=True),
+        "in out",
+        "out/160: is there already; remove",
+    ),
+}
 
 
-def into_images(root):
-    write_images(root.parent / "other", 1)
-    return root, root.parent / "other"
-
-
-def without_train(root):
-    return root / "train", root.parent / "out"
-
-
-def without_test(root):
-    shutil.rmtree(root / "val")
-    return root, root.parent / "out"
-
-
-def too_small(root):
-    return root, root.parent / "out", "--short-side", "31"
-
-
-def again(root):
-    (root.parent / "out/160").mkdir(parents=True)
-    return root, root.parent / "out"
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        (without_train, "no folder train in it"),
-        (without_test, "no folder test or val in it"),
-        (lambda root: (root, root), "choose a new folder"),
-        (in_itself, "choose a new folder"),
-        (into_images, "holds images itself"),
-        (too_small, "--short-side"),
-        (again, "out/160: is there already; remove it, or choose another folder"),
-    ],
-)
-def test_copying_refuses(tmp_path, monkeypatch, capsys, how, message):
-    arguments = how(photographs(tmp_path / "in", 2))
+@pytest.mark.parametrize("case", REFUSED_COPIES)
+def test_copying_refuses(tmp_path, monkeypatch, capsys, case):
+    prepare, arguments, message = REFUSED_COPIES[case]
+    prepare(photographs(tmp_path / "in", 1))
+    monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    assert command(monkeypatch, *arguments) == 2
+    assert command(monkeypatch, *arguments.split()) == 2
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert tree(tmp_path) == before
-
-
-def test_links_do_not_hide_that_the_copies_would_lie_in_the_originals(tmp_path, monkeypatch):
-    originals = photographs(tmp_path / "in", 1)
-    (tmp_path / "link").symlink_to(originals)
-    assert command(monkeypatch, originals, tmp_path / "link/copies") == 2
 
 
 # --- test images alone ------------------------------------------------------------------------------------
@@ -1185,59 +1168,36 @@ def test_waiting_for_data_can_be_stopped(tmp_path):
 # --- errors name what and where, in one line --------------------------------------------------------------
 
 
-def break_image(root):
-    (root / "train/dog/3.png").write_bytes(b"\x89PNG but not really")
+REFUSED_FOLDERS = {
+    "garbage": (lambda root: (root / "train/dog/3.png").write_bytes(b"\x89PNG but"), "train/dog/3.png: not a readable"),
+    "half": (lambda root: truncate(root / "train/cat/2.png"), "train/cat/2.png: not a readable image"),
+    "size": (
+        lambda root: Image.new("RGB", (31, 32)).save(root / "train/cat/1.png"),
+        "train/cat/1.png: is 31x32 pixels, others are 32x32",
+    ),
+    "another size in test": (
+        lambda root: shutil.rmtree(root / "test") or write_images(root, 1, (31, 32), parts=["test"]),
+        "test: images differ in size from those in .*/train; resize them",
+    ),
+    "no test": (lambda root: (root / "test").rename(root / "unused"), "no folder test or val"),
+    "empty test": (lambda root: [file.unlink() for file in root.glob("test/*/*")], "no images in its class folders"),
+    "new class": (lambda root: (root / "test/horse").mkdir(), "test/horse: no training images for this class"),
+    "one class": (lambda root: (root / "train/dog").rename(root / "dog"), "1 class folders in it"),
+}
 
 
-def truncate_image(root):
-    whole = (root / "train/cat/2.png").read_bytes()
-    (root / "train/cat/2.png").write_bytes(whole[: len(whole) // 2])
-
-
-def odd_size(root):
-    Image.new("RGB", (31, 32)).save(root / "train/cat/1.png")
-
-
-def no_test(root):
-    (root / "test").rename(root / "unused")
-
-
-def empty_test(root):
-    for file in (root / "test").rglob("*.png"):
-        file.unlink()
-
-
-def new_class(root):
-    (root / "test/horse").mkdir()
-
-
-def one_class(root):
-    (root / "train/dog").rename(root / "dog")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_image, "train/dog/3.png: not a readable image"),
-        (truncate_image, "train/cat/2.png: not a readable image"),
-        (odd_size, "train/cat/1.png: is 31x32 pixels, others are 32x32"),
-        (no_test, "no folder test or val"),
-        (empty_test, "no images in its class folders"),
-        (new_class, "test/horse: no training images for this class"),
-        (one_class, "1 class folders in it"),
-    ],
-)
-def test_damaged_folders_are_refused(tmp_path, damage, message):
-    damage(write_images(tmp_path))
+@pytest.mark.parametrize("case", REFUSED_FOLDERS)
+def test_damaged_folders_are_refused(tmp_path, case):
+    damage, message = REFUSED_FOLDERS[case]
+    damage(write_images(tmp_path, 4))
     with pytest.raises(data.DataError, match=message) as error:
         data.load(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_large_image_is_named_from_any_process(tmp_path, workers):
-    write_images(tmp_path, size=(100, 80))
-    break_image(tmp_path)
+def test_a_broken_large_image_is_named_from_any_thread(tmp_path, workers):
+    (write_images(tmp_path, size=(100, 80)) / "train/dog/3.png").write_bytes(b"\x89PNG but not really")
     loaded = data.load(str(tmp_path))
     with pytest.raises(data.DataError, match=r"train/dog/3\.png: not a readable image") as error:
         batches(loaded.train, batch_size=12, workers=workers)
