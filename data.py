@@ -387,14 +387,18 @@ def _held(files: Files) -> Source:
     if 0 not in files.copies or max(size) > SMALL:
         return files
 
-    def decode(i: int) -> np.ndarray:
-        with open_image(files.path(i)) as image:
-            if image.size != size:
-                sizes = "{}x{} pixels, others are {}x{}".format(*image.size, *size)
-                raise DataError(f"{files.path(i)}: is {sizes}; resize it to the same size")
-            return np.asarray(eight_bits(image, files.channels)).reshape(*size[::-1], files.channels)
+    def decode(indices: np.ndarray) -> np.ndarray:
+        pixels = np.empty((len(indices), size[1], size[0], files.channels), np.uint8)
+        for place, path in zip(pixels, map(files.path, indices), strict=True):
+            with open_image(path) as image:
+                if image.size != size:
+                    sizes = "{}x{} pixels, others are {}x{}".format(*image.size, *size)
+                    raise DataError(f"{path}: is {sizes}; resize it to the same size")
+                place[:] = np.asarray(eight_bits(image, files.channels)).reshape(place.shape)
+        return pixels
 
-    images = np.stack(list(in_threads(decode, range(len(files)), min(8, os.cpu_count() or 1))))
+    parts = np.array_split(np.arange(len(files)), len(files) // 100 + 1)
+    images = np.concatenate(list(in_threads(decode, parts, min(8, os.cpu_count() or 1))))
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return InMemory(pixels, files.labels, augmented=files.train, notes=files.notes)
 
