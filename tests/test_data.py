@@ -1145,9 +1145,9 @@ def test_threads_work_ahead_by_two_items_each_and_end_with_their_reader(count):
         next(found)
         wait_for(lambda read=read: len(started) == 2 * count + read)
     time.sleep(0.05)
-    assert started == list(range(2 * count + 4))
+    assert sorted(started) == list(range(2 * count + 4))
     found.close()
-    wait_for(lambda: threading.active_count() == before)
+    wait_for(lambda: threading.active_count() <= before)
 
 
 def test_waiting_for_data_can_be_stopped(tmp_path):
