@@ -8,33 +8,27 @@
     python data.py DIR OUT                         OUT/160 and OUT/352: smaller copies, which are decoded much faster
     python data.py DIR OUT --short-side 256        copies of another size
 
-Small images live in memory as uint8 and are augmented a batch at a time; large ones are decoded by worker
-processes.  In both cases the order of an epoch depends on (seed, epoch) alone, and the augmentation of an
-image on (seed, epoch, its index) alone: not on the batch, the process, the worker, or what came before.  So a
-run can resume in the middle of an epoch, and any number of processes can share a batch, without saving or
-sending random states.  The shape at which a test image is evaluated depends on that image alone.
+Small images live in memory as uint8 and are augmented a batch at a time; large ones are decoded by threads.
+In both cases the order of an epoch depends on (seed, epoch) alone, and the augmentation of an image on (seed,
+epoch, its index) alone: not on the batch, the process, the thread, or what came before.  So a run can resume in
+the middle of an epoch, and any number of processes can share a batch, without saving or sending random states.
+The shape at which a test image is evaluated depends on that image alone.
 
 Pixels are taken as they are stored: EXIF orientation is not applied (nor is it by torchvision's ImageFolder).
 """
 
-import atexit
 import io
 import os
 import shlex
-import signal
 import sys
-import threading
-import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import cycle, pairwise, starmap
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +40,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
 
-from runs import Failure, Unusable, explain, progress_bar, run_command
+from runs import Failure, Unusable, one_line, progress_bar, run_command
 from runs import replace as write
 
 NAMES = "digits", "cifar10", "imagenet"
@@ -56,17 +50,16 @@ TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a 
 EXPECTED = "expected train/<class>/*, and test/ or val/ beside it"
 UNFINISHED = "unfinished"  # the file that marks a folder of copies to which some are still to come
 
+Shape = tuple[int, int]  # height, width
+Batch = tuple[Tensor, Tensor]  # images in [0, 1], labels
+Stop = Callable[[], bool] | None  # asked once a second while nothing comes, whether to wait no longer
+Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise DataError
+
+warnings.filterwarnings("ignore", module="PIL")  # on metadata
+
 
 class DataError(Unusable):
     """Data that is missing or cannot be used; the message is one line and says what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-def one_line(text: str) -> str:
-    """The text on one line that every terminal of UTF-8 can show: file names may hold any bytes."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 # --- chance without state ---------------------------------------------------------------------------------
@@ -138,32 +131,29 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def chosen(self, which: np.ndarray) -> "InMemory":
+        return replace(self, images=self.images[which], labels=self.labels[which])
+
     def to(self, device: torch.device) -> "InMemory":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def batch(self, indices: np.ndarray, _: None = None, *, seed: int, epoch: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Pixels, 0 to `top`, and labels of the images at `indices`; all have one shape, and none is unreadable."""
+    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> Batch:
+        """Pixels, 0 to `top`, and labels of the images at `indices`."""
         where = torch.from_numpy(indices).to(self.images.device)
         images = self.images[where]
         if self.augmented:
             # Column 0 ordered the epoch; the augmentation has the others to itself.
             u = torch.from_numpy(uniforms(seed, epoch, indices, 6)[:, 1:]).to(images.device)
             images = augment(images, u) if self.cutout else augment(images, u, fill=None, cutout=0)
-        return images, self.labels[where], []
-
-
-Shape = tuple[int, int]  # height, width
-Batch = tuple[Tensor, Tensor]  # images in [0, 1], labels
-Stop = Callable[[], bool] | None  # asked once a second while nothing comes, whether to wait no longer
-Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise DataError
+        return images, self.labels[where]
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
     """Images root/name decoded on demand, with random resized crop and flip if `train`.
 
-    The names are one array, which forked processes share and do not copy.  `copies` has the folders of pre-resized
-    copies by their short sides, or {0: that of the originals}; `root` is one of them.
+    `copies` has the folders of pre-resized copies by their short sides, or {0: that of the originals}; `root` is one
+    of them.
     """
 
     root: Path
@@ -178,13 +168,15 @@ class Files:
     rectangular: bool = False
     top: int = 255
     notes: Sequence[str] = ()
-    known: dict[int, Shape] = field(default_factory=dict, init=False, repr=False)  # see `shapes`
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, i: int) -> Path:
         return self.root / str(self.names[i])
+
+    def chosen(self, which: np.ndarray) -> "Files":
+        return replace(self, names=self.names[which], labels=self.labels[which])
 
     def to(self, device: torch.device) -> "Files":
         return self
@@ -194,35 +186,21 @@ class Files:
         large_enough = [side for side in self.copies if 5 * side >= 6 * size]
         return replace(self, root=self.copies[min(large_enough, default=max(self.copies))], size=size, **fields)
 
-    def shapes(self, indices: np.ndarray) -> list[Shape]:
-        """At which the images are evaluated; of an unreadable one: the square.  Each header is read once."""
+    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[list[Batch], list[str]]:
+        """Pixels, 0 to 255, and labels of the images at `indices`, a batch for each shape; what went wrong.
 
-        def look(i: int) -> None:
-            with suppress(DataError), open_image(self.path(i)) as image:  # whoever decodes it meets the error again
-                self.known[i] = rectangle(*image.size, self.size)
-
-        unknown = [i for i in indices.tolist() if i not in self.known] if self.rectangular else []
-        with ThreadPoolExecutor(16) as threads:  # they wait for the disk
-            list(threads.map(look, unknown))
-        return [self.known.get(i, (self.size, self.size)) for i in indices.tolist()]
-
-    def batch(
-        self, indices: np.ndarray, shape: Shape | None = None, *, seed: int, epoch: int
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Pixels, 0 to 255, (N, height, width, channels), and labels of the images at `indices`; what went wrong.
-
-        All of one shape (default: the square).  An unreadable image is named and left out; if `train`, the next
-        readable one takes its place, with its own label and the crop and flip that were drawn for the place (so it
-        is not seen twice alike).  DataError after TRIES in a row.
+        An unreadable image is named and left out; if `train`, the next readable one takes its place, with its own
+        label and the crop and flip that were drawn for the place (so it is not seen twice alike).  DataError after
+        TRIES in a row.
         """
-        shape = shape or (self.size, self.size)
         tries = min(TRIES, len(self)) if self.train else 1
-        pixels, shown, problems = [], [], []
+        parts: dict[Shape, list[tuple[np.ndarray, int]]] = {}
+        problems: list[str] = []
         for index, u in zip(indices.tolist(), uniforms(seed, epoch, indices, 6)[:, 1:], strict=True):
             for i in ((index + k) % len(self) for k in range(tries)):
                 try:
-                    pixels.append(self._image(self.path(i), u, shape))
-                    shown.append(i)
+                    pixels = self._image(self.path(i), u)
+                    parts.setdefault(pixels.shape, []).append((pixels, i))
                     break
                 except DataError as error:
                     problems.append(str(error))
@@ -230,13 +208,14 @@ class Files:
                 if self.train:
                     reason = f"nor is any of the {tries - 1} images after it: is the disk there?"
                     raise DataError(f"{problems[-tries]}; {reason}")
-        stacked = np.array(pixels, dtype=np.uint8).reshape(-1, *shape, self.channels)
-        return stacked, self.labels[shown].numpy(), problems
+        shown = (map(list, zip(*part, strict=True)) for part in parts.values())
+        return [(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2), self.labels[i]) for x, i in shown], problems
 
-    def _image(self, path: Path, u: np.ndarray, shape: Shape) -> np.ndarray:
+    def _image(self, path: Path, u: np.ndarray) -> np.ndarray:
         with open_image(path) as image:
+            shape = rectangle(*image.size, self.size) if self.rectangular else (self.size, self.size)
             box = random_box(*image.size, self.min_scale, u) if self.train else centre_box(*image.size, shape)
-            pixels = np.asarray(crop(image, box, shape, self.channels))
+            pixels = np.asarray(crop(image, box, shape, self.channels)).reshape(*shape, self.channels)
         return pixels[:, ::-1] if self.train and u[4] < 0.5 else pixels
 
 
@@ -307,7 +286,7 @@ def crop(image: Image.Image, box: Box, shape: Shape, channels: int = 3) -> Image
     return eight_bits(image, channels).resize((w, h), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
 
 
-# --- image folders: what lies where -----------------------------------------------------------------------
+# --- folders of images ------------------------------------------------------------------------------------
 
 
 def _holds_images(root: Path) -> bool:
@@ -324,69 +303,27 @@ def image_sets(root: Path) -> dict[int, Path]:
     return copies
 
 
-def part_of(sets: dict[int, Path], *names: str, classes: Sequence[str] | None = None, channels: int = 3) -> Files:
-    """The images of the folder of this name, labelled by `classes`, or else by those of the folder.
-
-    Of several names, the first that has a folder of a class is taken: ImageNet's own test/ has none.  All copies must
-    hold the same images.  Raises DataError.
-    """
-    root = sets[max(sets)]
-    there = [name for name in names if (root / name).is_dir()]
-    if not there:
-        raise DataError(f"{root}: no folder {' or '.join(names)} in it; {EXPECTED}")
-    name = max(there, key=lambda part: any(not classes or folder in classes for folder in _folders(root / part)))
-    files = list_images(root / name)
-    if len(classes or files.classes) < 2:
-        raise DataError(f"{files.root}: {len(files.classes)} class folders in it; expected at least 2")
-    for copy in (place / name for place in sets.values() if place != root):
-        if odd := sorted({*files.names.tolist()} ^ {*list_images(copy).names.tolist()}):
-            raise DataError(f"{odd[0]}: is in only one of {files.root} and {copy}; make it again, or remove the other")
-    passed = f"{root / there[0]}: passed over, since it has no folders of the classes, unlike {files.root}"
-    notes = [passed, *files.notes] if name != there[0] else files.notes
-    copies = {side: place / name for side, place in sets.items()}
-    classes = classes or files.classes
-    labels = _labels(files.labels, files.classes, classes, files.root)
-    return replace(files, labels=labels, classes=classes, copies=copies, channels=channels, notes=notes)
-
-
-def held_out(sets: dict[int, Path], channels: int = 3, classes: Sequence[str] | None = None, split: float = 0) -> Files:
-    """The images of test/ or val/, or the share `split` of train/ where there is neither.
-
-    Labelled by `classes`, or else by those of train/, or else by their own.  Raises DataError.
-    """
-    root = sets[max(sets)]
-    known = classes or _folders(root / "train")
-    if not split:
-        return part_of(sets, "test", "val", classes=known, channels=channels)
-    for part in (root / "test", root / "val"):
-        if part.is_dir():
-            raise DataError(f"{part}: is there, so no training images need be kept for testing: leave out --split")
-    return _share(part_of(sets, "train", classes=known, channels=channels), split, kept=True)
-
-
-def _labels(labels: Tensor, own: Sequence[str], classes: Sequence[str], where: str | Path) -> Tensor:
-    """The labels that count in `classes`, of those that count in `own`.  Raises DataError."""
-    if unknown := sorted(set(own) - set(classes)):
-        known = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-        raise DataError(f"{where}/{unknown[0]}: no training images for this class; the classes are {known}")
-    return torch.tensor([classes.index(name) for name in own])[labels]
-
-
 def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
 
 
-def list_images(root: Path) -> Files:
-    """All images in the folders of root, the classes, and in folders inside these, as torchvision's ImageFolder.
+def list_images(sets: dict[int, Path], *parts: str, classes: Sequence[str] = (), channels: int = 3) -> Files:
+    """All images in the folders of a part of the data, and in folders inside these, as torchvision's ImageFolder.
 
-    But what is hidden (.DS_Store, ._x.png) is no image and no class.  Raises DataError.
+    But what is hidden (.DS_Store, ._x.png) is no image and no class.  Labels count in `classes`, or else in the part's
+    own folders.  The part is the first of `parts` that has a folder of a class: ImageNet's own test/ has none.  Raises
+    DataError.
     """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    number = {name: i for i, name in enumerate(_folders(root))}
-    names, labels, passed = [], [], []
+    place = sets[max(sets)]
+    there = [place / part for part in parts if (place / part).is_dir()]
+    if not there:
+        raise DataError(f"{place}: no folder {' or '.join(parts)} in it; {EXPECTED}")
+    root = next((part for part in there if {*_folders(part)} & {*(classes or _folders(part))}), there[0])
+    own, names, passed = _folders(root), [], []
     for path, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         inside = path[len(str(root)) + 1 :].replace(os.sep, "/")
         if inside.count("/") > 20:
@@ -394,26 +331,44 @@ def list_images(root: Path) -> Files:
         hidden = {name for name in folders if name[0] == "."}
         images = sorted(name for name in files if inside and name[0] != "." and name.lower().endswith(EXTENSIONS))
         names += [f"{inside}/{name}" for name in images]
-        labels += [number.get(inside.split("/")[0])] * len(images)
         passed += sorted(os.path.join(inside, name) for name in hidden.union(files).difference(images))
         folders[:] = sorted({*folders} - hidden)  # where to go on
     if not names:
         raise DataError(f"{root}: no images in its class folders; known kinds are {' '.join(EXTENSIONS)}")
-    empty = sorted(number.keys() - {name.split("/")[0] for name in names})
+    if len(classes or own) < 2:
+        raise DataError(f"{root}: {len(own)} class folders in it; expected at least 2")
+    folder_of = [name.split("/")[0] for name in names]
+    empty = sorted({*own} - {*folder_of})
     said = {"passed over as no images of a class": passed, "class folders without images": empty}
-    said = "; ".join(f"{len(odd)} {what} ({', '.join(odd[:3])})" for what, odd in said.items() if odd)
-    notes = [one_line(f"{root}: {said}")] if said else []
-    return Files(root, np.array(names), torch.tensor(labels), list(number), {0: root}, notes=notes)
+    notes = [one_line(f"{root}: {len(odd)} {what} ({', '.join(odd[:3])})") for what, odd in said.items() if odd]
+    if root != there[0]:
+        notes.append(f"{there[0]}: passed over, since it has no folders of the classes, unlike {root}")
+    labels, copies = labels_of(folder_of, own, classes or own, root), {k: v / root.name for k, v in sets.items()}
+    return Files(root, np.array(names), labels, classes or own, copies, channels, notes=notes)
 
 
-def _chosen(source: Source, which: np.ndarray) -> Source:
-    pixels = {"images": source.images[which]} if isinstance(source, InMemory) else {"names": source.names[which]}
-    return replace(source, labels=source.labels[which], **pixels)
+def labels_of(names: Sequence[str], own: Sequence[str], classes: Sequence[str], where: str | Path) -> Tensor:
+    """Where the names, one for each image and each in `own`, stand in `classes`.  Raises DataError."""
+    if unknown := sorted({*own} - {*classes}):
+        known = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+        raise DataError(f"{where}/{unknown[0]}: no training images for this class; the classes are {known}")
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[name] for name in names])
 
 
-def _subset(source: Source, subset: int | None) -> Source:
-    """`subset` of the images, the first in a fixed random order."""
-    return _chosen(source, np.sort(order(len(source), seed=0, epoch=1)[:subset]))
+def held_out(sets: dict[int, Path], channels: int = 3, classes: Sequence[str] = (), split: float = 0) -> Files:
+    """The images of test/ or val/, or the share `split` of train/ where there is neither.
+
+    Labelled by `classes`, or else by those of train/, or else by their own.  Raises DataError.
+    """
+    root = sets[max(sets)]
+    how = {"classes": classes or _folders(root / "train"), "channels": channels}
+    if not split:
+        return list_images(sets, "test", "val", **how)
+    for part in (root / "test", root / "val"):
+        if part.is_dir():
+            raise DataError(f"{part}: is there, so no training images need be kept for testing: leave out --split")
+    return _share(list_images(sets, "train", **how), split, kept=True)
 
 
 def _share(files: Files, split: float, *, kept: bool) -> Files:
@@ -422,28 +377,30 @@ def _share(files: Files, split: float, *, kept: bool) -> Files:
     which = (np.array([zlib.crc32(stem) for stem in stems]) < split * 2**32) == kept
     if not which.any():
         raise DataError(f"{files.root}: --split {split} leaves no image for {'testing' if kept else 'training'}")
-    return _chosen(files, which)
+    return files.chosen(which)
 
 
 def _held(files: Files) -> Source:
     """The images in memory, if they are originals and the first is small; all must have its size then."""
-    if 0 not in files.copies:
-        return files
     with open_image(files.path(0)) as first:
-        if max(first.size) > SMALL:
-            return files
+        size = first.size
+    if 0 not in files.copies or max(size) > SMALL:
+        return files
 
-    def decode(i: int) -> np.ndarray:
-        with open_image(files.path(i)) as image:
-            pixels = np.asarray(eight_bits(image, files.channels))
-        if image.size != first.size:
-            sizes = "{}x{} pixels, others are {}x{}".format(*image.size, *first.size)
-            raise DataError(f"{files.path(i)}: is {sizes}; resize it to the same size")
-        return pixels.reshape(*pixels.shape[:2], files.channels)
+    def decode(indices: np.ndarray) -> np.ndarray:
+        pixels = np.empty((len(indices), size[1], size[0], files.channels), np.uint8)
+        for place, path in zip(pixels, map(files.path, indices), strict=True):
+            with open_image(path) as image:
+                if image.size != size:
+                    sizes = "{}x{} pixels, others are {}x{}".format(*image.size, *size)
+                    raise DataError(f"{path}: is {sizes}; resize it to the same size")
+                place[:] = np.asarray(eight_bits(image, files.channels)).reshape(place.shape)
+        return pixels
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        images = np.stack(list(threads.map(decode, range(len(files)))))
-    return InMemory(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), files.labels, notes=files.notes)
+    parts = np.array_split(np.arange(len(files)), len(files) // 100 + 1)
+    images = np.concatenate(list(in_threads(decode, parts, min(8, os.cpu_count() or 1))))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return InMemory(pixels, files.labels, augmented=files.train, notes=files.notes)
 
 
 # --- data sets --------------------------------------------------------------------------------------------
@@ -467,17 +424,6 @@ class Data:
     def notes(self) -> list[str]:
         """Lines for the user, on what is odd about the folders."""
         return [*self.train.notes, *self.test.notes]
-
-    @property
-    def short_side(self) -> int:
-        """Median short side of the training images, in pixels; of a hundred of them where they are files."""
-        if self.small:
-            return min(self.train.images.shape[2:])
-        sides = []
-        for i in order(len(self.train), seed=0, epoch=0)[:100]:
-            with suppress(DataError), open_image(self.train.path(i)) as image:
-                sides.append(min(image.size))
-        return int(np.median(sides or self.train.size))
 
     def at(self, *, size: int, min_scale: float, rectangular: bool, cutout: bool = True) -> "Data":
         """The same images at another size; images held in memory stay as they are, augmented with or without cutout.
@@ -514,12 +460,8 @@ def place(name: str, data_dir: Place = None) -> Path:
 
 def stored_place(options: dict[str, Any]) -> Path | None:
     """Where the images of a run are, by the options in its config.json; None: where `place` looks by itself."""
-    name, data_dir = options["dataset"], options.get("data_dir")
-    if name in NAMES:
-        return Path(data_dir) if data_dir else None
-    # Runs made before kept a folder's path as it was given, and, unless told otherwise, the absolute path of ./data.
-    there = Path(data_dir or "").parent / name
-    return there if there.is_dir() else Path(name)
+    where = options.get("data_dir") if options["dataset"] in NAMES else options["dataset"]
+    return Path(where) if where else None
 
 
 def load(name: str, data_dir: Place = None, *, subset: int | None = None, channels: int = 3, split: float = 0) -> Data:
@@ -528,24 +470,26 @@ def load(name: str, data_dir: Place = None, *, subset: int | None = None, channe
     Its place is data_dir, or the default (`place`); images of folders are read as RGB, or grey if channels is 1.
     Of a folder without a test part, the share `split` is kept for testing.  Raises DataError.
     """
-    sets = {} if name == "digits" else image_sets(place(name, data_dir))
-    if not sets:
-        loaded = digits() if name == "digits" else cifar10(place(name, data_dir))
-        return replace(loaded, train=_subset(loaded.train, subset), test=_subset(loaded.test, subset))
-    train, test = part_of(sets, "train", channels=channels), held_out(sets, channels, split=split)
-    train = _share(train, split, kept=False) if split else train
-    train, test = _subset(train, subset), _subset(test, subset)
-    held = _held(train)
-    if isinstance(held, Files):
-        return Data(replace(train, train=True), test, train.classes, channels)
-    held_test = _held(test)
-    if isinstance(held_test, Files) or held.images.shape[1:] != held_test.images.shape[1:]:
-        raise DataError(f"{test.root}: images differ in size from those in {train.root}; resize them")
-    return Data(replace(held, augmented=True), held_test, train.classes, channels)
+    root = place(name, data_dir)
+    if name == "digits":
+        loaded = digits()
+    elif sets := image_sets(root):
+        train, test = list_images(sets, "train", channels=channels), held_out(sets, channels, split=split)
+        train = replace(_share(train, split, kept=False) if split else train, train=True)
+        loaded = Data(train, test, train.classes, channels)
+    else:
+        loaded = cifar10(root)
+    # `subset` images, the first in a fixed random order
+    train, test = (s.chosen(np.sort(order(len(s), seed=0, epoch=1)[:subset])) for s in (loaded.train, loaded.test))
+    if isinstance(train, Files) and isinstance(held := _held(train), InMemory):
+        train, test = held, _held(test)
+        if isinstance(test, Files) or test.images.shape[1:] != held.images.shape[1:]:
+            raise DataError(f"{loaded.test.root}: images differ in size from those in {loaded.train.root}; resize them")
+    return replace(loaded, train=train, test=test)
 
 
 def load_test(
-    name: str, data_dir: Place = None, *, classes: list[str] | None = None, channels: int = 3, split: float = 0
+    name: str, data_dir: Place = None, *, classes: Sequence[str] = (), channels: int = 3, split: float = 0
 ) -> tuple[Source, list[str]]:
     """The test images of a data set and its classes; of an image folder, which may lack train/, those alone.
 
@@ -555,8 +499,9 @@ def load_test(
         files = held_out(sets, channels, classes, split)
         return _held(files), files.classes
     loaded = load(name, data_dir)
-    classes = classes or loaded.classes
-    return replace(loaded.test, labels=_labels(loaded.test.labels, loaded.classes, classes, name)), classes
+    names = [loaded.classes[label] for label in loaded.test.labels]
+    labels = labels_of(names, loaded.classes, classes or loaded.classes, name)
+    return replace(loaded.test, labels=labels), classes or loaded.classes
 
 
 def digits() -> Data:
@@ -593,14 +538,17 @@ def cifar10(data_dir: Path) -> Data:
 def fetch(source: Source, indices: np.ndarray, device: torch.device, *, problems: Problems = None) -> Batch:
     """The images at `indices`, in [0, 1], and their labels, on the device; augmented only if the source is.
 
-    Unreadable images raise DataError, or are left out and named in `problems`.
+    Files are shown in squares.  Unreadable images raise DataError, or are left out and named in `problems`.
     """
-    return next(_stream(source, [(indices, None)], device=device, problems=problems))
+    source = replace(source, rectangular=False) if isinstance(source, Files) else source
+    for batch in _stream(source, [indices], device=device, problems=problems):
+        return batch
+    raise DataError(f"none of {len(indices)} images can be read: is the disk there?")
 
 
 def _stream(
     source: Source,
-    batches: Sequence[tuple],
+    batches: Sequence[np.ndarray],
     *,
     device: torch.device,
     workers: int = 0,
@@ -609,23 +557,25 @@ def _stream(
     seed: int = 0,
     epoch: int = 0,
 ) -> Iterator[Batch]:
-    """The batches, read by `workers` processes if they are files, in [0, 1] on the device.
+    """The batches, read by `workers` threads if they are files, in [0, 1] on the device.
 
     An unreadable image raises DataError, or, with a list of problems, is named there and replaced or left out
     (`Files.batch`).  While no batch is there, `stop` is asked once a second whether to end without the rest.
     """
-    files = isinstance(source, Files)
-    read = partial(source.batch, seed=seed, epoch=epoch)
-    with closing(in_processes(read, batches, files * min(workers, len(batches)), "try fewer --workers", stop)) as found:
-        for images, labels, said in found:
-            if problems is not None:
-                problems += said
-            elif said:
-                raise DataError(said[0])
-            if files:
-                images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
-                if device.type == "cuda":
-                    images, labels = images.pin_memory(), labels.pin_memory()
+
+    def read(indices: np.ndarray) -> tuple[list[Batch], list[str]]:
+        if isinstance(source, InMemory):
+            return [source.batch(indices, seed=seed, epoch=epoch)], []
+        parts, said = source.batch(indices, seed=seed, epoch=epoch)
+        # From pinned memory the way to the device goes on beside the work.
+        return [(x.pin_memory(), y) for x, y in parts] if device.type == "cuda" else parts, said
+
+    for parts, said in in_threads(read, batches, workers * isinstance(source, Files), stop):
+        if problems is not None:
+            problems += said
+        elif said:
+            raise DataError(said[0])
+        for images, labels in parts:
             yield images.to(device, non_blocking=True).float() / source.top, labels.to(device, non_blocking=True)
 
 
@@ -646,9 +596,8 @@ def training_batches(
     How they are read: device, workers, problems, stop, as `_stream` says.
     """
     shuffled, share = order(len(source), seed=seed, epoch=epoch), batch_size // processes
-    starts = range(first * batch_size, len(source) - batch_size + 1, batch_size)
-    mine = [(shuffled[i + rank * share : i + (rank + 1) * share], None) for i in starts]
-    return _stream(source, mine, seed=seed, epoch=epoch, **how)
+    starts = range(first * batch_size + rank * share, len(source) - batch_size + 1 + rank * share, batch_size)
+    return _stream(source, [shuffled[i : i + share] for i in starts], seed=seed, epoch=epoch, **how)
 
 
 def evaluation_batches(
@@ -656,148 +605,59 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every image once over all processes, not augmented: images in [0, 1] and labels; no batch is empty.
 
-    In the order of the source, and one shape after the other where the source is rectangular.
+    In the order of the source; of each batch one shape after the other where the source is rectangular.
     How they are read: device, workers, problems, stop, as `_stream` says.
     """
-    mine = np.arange(len(source))[rank::processes]
-    groups: dict[Shape | None, list[int]] = {}
-    for i, shape in zip(mine, source.shapes(mine) if isinstance(source, Files) else [None] * len(mine), strict=True):
-        groups.setdefault(shape, []).append(i)
-    batches = [
-        (np.array(group[i : i + batch_size]), shape)
-        for shape, group in groups.items()
-        for i in range(0, len(group), batch_size)
-    ]
-    return (batch for batch in _stream(source, batches, **how) if len(batch[1]))
+    mine = np.arange(rank, len(source), processes)
+    return _stream(source, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], **how)
 
 
-# --- processes that read ----------------------------------------------------------------------------------
+def in_threads(function: Callable, items: Iterable, count: int, stop: Stop = None) -> Iterator:
+    """function(item) for every item, in order, from `count` threads that work ahead (0: from this one).
 
-
-def in_processes(function: Callable, items: Sequence[tuple], count: int, advice: str, stop: Stop = None) -> Iterator:
-    """function(*item) for every item, in order, from `count` processes that end with this generator (0: from this one).
-
-    While waiting, `stop` is asked once a second whether to end here.  Raises what the function raises; Failure, with
-    `advice`, for a process that is lost.
+    While waiting, `stop` is asked once a second whether to end here.  Raises what the function raises.
     """
-    # Each process has its own pipe, which needs no shared memory and says at once when its process is gone.  torch's
-    # DataLoader interrupts the main process wherever it is when a worker is lost, leaves workers behind when the main
-    # process is killed, and cannot end those that a lost disk holds if they are to ignore the signals of a cluster.
+    # Pillow leaves Python's lock to others while it decodes, resizes and encodes: of the 0.74 ms of an image 0.09 are
+    # Python's.  So threads do what processes do, and none is killed, left behind, or short of shared memory.
     if not count:
-        yield from starmap(function, items)
+        yield from map(function, items)
         return
-    context = get_context("fork" if sys.platform == "linux" else None)  # which shares a million names, and copies none
-    pipes, processes = [], []
-
-    def end() -> None:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join(5)
-
-    atexit.register(end)  # where an error keeps this generator alive until then
-    try:
-        for k in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, function, items[k::count]), daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        for pipe, _ in zip(cycle(pipes), items, strict=False):
-            while not pipe.poll(1.0):
-                if stop and stop():
+    todo = iter(items)
+    with ThreadPool(count) as pool:  # of daemons: one that a lost disk holds does not hold the program
+        pending = deque(pool.apply_async(function, [item]) for item in islice(todo, 2 * count))
+        while pending:
+            while not pending[0].ready():
+                pending[0].wait(1.0)
+                if stop and not pending[0].ready() and stop():
                     return
-            answer = pipe.recv()
-            if isinstance(answer, Exception):
-                raise answer
-            yield answer
-    except (EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or "out of memory?"
-        raise Failure(f"a process that reads images is lost ({reason}); {advice}", 1) from None
-    finally:
-        end()
-        atexit.unregister(end)
-
-
-def _work(pipe: Connection, function: Callable, items: Sequence[tuple]) -> None:
-    """A process beside the main one: it ends with that one, however that ends, and by no signal to the whole group."""
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # PIL's, on metadata
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    for item in items:
-        try:
-            answer = function(*item)
-        except MemoryError:
-            return
-        except OSError as error:
-            answer = Failure(*explain(error))
-        except Exception as error:
-            answer = error
-            error.add_note(traceback.format_exc())  # which a pickle would leave behind
-        pipe.send(answer)
+            pending.extend(pool.apply_async(function, [item]) for item in islice(todo, 1))
+            yield pending.popleft().get()
 
 
 # --- smaller copies ---------------------------------------------------------------------------------------
 
 
-def plan_copies(root: Path, out: Path, sides: Sequence[int]) -> list[tuple[str, str]]:
-    """The images of root, and how each copy is named in out/<short side>.  Makes the folders.  Raises DataError."""
-    parts = [part_of({0: root}, "train"), held_out({0: root})]
-    if out.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{out}: lies in {root}; choose a folder outside of it for the copies")
-    if _holds_images(out):
-        raise DataError(f"{out}: holds images itself; choose a new folder for the copies")
-    names = [f"{files.root.name}/{name}" for files in parts for name in files.names.tolist()]
-    pairs = [(name, os.path.splitext(name)[0] + ".jpg") for name in names]
-    for (name, copy), (following, its_copy) in pairwise(pairs):
-        if copy >= its_copy and os.path.dirname(name) == os.path.dirname(following):
-            reason = f"its copy, a .jpg, would not come after that of {name}"
-            raise DataError(f"{root / following}: {reason}; rename one of them")
-    folders = {f"{files.root.name}/{name}" for files in parts for name in files.classes}.union(
-        map(os.path.dirname, names)
-    )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / UNFINISHED).write_text(shlex.join(["python", *sys.argv]))
-        for path in (out / str(side) / name for side in sides for name in folders):
-            path.mkdir(parents=True, exist_ok=True)
-            for remains in path.glob(".*.jpg.*"):  # of a process that was killed
-                remains.unlink()
-    except OSError as error:
-        raise DataError(f"{error.filename or out}: cannot write there ({error.strerror})") from None
-    return pairs
+def shrink(original: Path, copy: Path, side: int, quality: int) -> str | None:
+    """Write a copy with a short side of `side` pixels, as RGB JPEG whatever its name: readers go by content.
 
-
-def shrink(original: str, copy: str, root: Path, out: Path, sides: Sequence[int], quality: int) -> str | None:
-    """Write the copies of root/original that are not yet in out/<short side>/copy, as RGB JPEG.
-
-    An image whose short side is no longer than that is copied as it is.  Returns the message if it is unreadable.
+    One that would be no smaller is the original itself.  Returns the message if that is unreadable.
     """
-    paths = {side: out / str(side) / copy for side in sides}
-    paths = {side: path for side, path in paths.items() if not (path.exists() and path.stat().st_size)}
-    if not paths:
+    if copy.exists() and copy.stat().st_size:  # a power cut may leave an empty one
         return None
+    content = io.BytesIO()
     try:
-        with open_image(root / original) as image:
-            short, size = min(image.size), image.size
-            image.draft("RGB", tuple(2 * max(paths) * length // short + 1 for length in size))
+        with open_image(original) as image:
+            # Rounded up: 4:3 must not become a little less, which `rectangle` would take for a shorter shape.
+            smaller = [-(-length * side // min(image.size)) for length in image.size]
+            small = min(image.size) <= side
+            image.draft("RGB", tuple(2 * length for length in smaller))
             pixels = eight_bits(image)
     except DataError as error:
         return str(error)
-    for side, path in paths.items():
-        content = io.BytesIO()
-        if short > side:
-            # Rounded up: 4:3 must not become a little less, which `rectangle` would take for a shorter shape.
-            smaller = [-(-length * side // short) for length in size]
-            pixels.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0).save(content, "JPEG", quality=quality)
-        write(path, content.getvalue() or (root / original).read_bytes(), sync=False)
+    if not small:
+        pixels.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0).save(content, "JPEG", quality=quality)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write(copy, content.getvalue() or original.read_bytes(), sync=False)
     return None
 
 
@@ -808,24 +668,39 @@ def main(
     quality: Annotated[int, typer.Option(help="JPEG quality of the copies.", min=1, max=95)] = 90,
 ) -> int:
     """Make smaller copies of an image folder, decoded faster.  Killed, the same command goes on where it was."""
-    pairs, on = plan_copies(root, out, short_side), "the same command goes on from here"
+    parts = [list_images({0: root}, "train"), held_out({0: root})]
+    sized = [out / str(side) for side in short_side]
+    if out.resolve().is_relative_to(root.resolve()) or _holds_images(out):
+        raise DataError(f"{out}: lies in {root}, or holds images itself; choose a new folder for the copies")
+    if taken := [path for path in sized if path.exists() and not (out / UNFINISHED).exists()]:
+        raise DataError(f"{taken[0]}: is there already; remove it, or choose another folder for the copies")
+    names = [f"{files.root.name}/{name}" for files in parts for name in files.names.tolist()]
+    folders = [f"{files.root.name}/{name}" for files in parts for name in files.classes]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / UNFINISHED).write_text(shlex.join(["python", *sys.argv]))
+    for folder in (path / name for path in sized for name in folders):
+        folder.mkdir(parents=True, exist_ok=True)
+    for remains in out.rglob(".*.tmp"):  # of a process that was killed
+        remains.unlink()
     console, unreadable = Console(soft_wrap=True, highlight=False), []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    copy = partial(shrink, root=root, out=out, sides=short_side, quality=quality)
-    messages = in_processes(copy, pairs, min(len(pairs), cores), on)
+    tasks = [(name, side) for name in names for side in short_side]
+
+    def copy(task: tuple[str, int]) -> str | None:
+        return shrink(root / task[0], out / str(task[1]) / task[0], task[1], quality)
+
     try:
-        with closing(messages), progress_bar(console, "copying", len(pairs)) as show:
-            for done, message in enumerate(messages, 1):
+        with progress_bar(console, "copying", len(tasks)) as show:
+            for done, message in enumerate(in_threads(copy, tasks, os.cpu_count() or 1), 1):
                 show(done)
-                unreadable += [message] if message else []
+                unreadable += [message] if message and message not in unreadable else []
                 if done % 10_000 == 0 and not console.is_terminal:
-                    console.print(f"{done} of {len(pairs)} images")
+                    console.print(f"{done} of {len(tasks)} copies")
     except KeyboardInterrupt:
-        raise Failure(f"stopped; {on}", 130) from None
+        raise Failure("stopped; the same command goes on from here", 130) from None
     (out / UNFINISHED).unlink()
     print(*unreadable, sep="\n", end="\n" * bool(unreadable), file=sys.stderr)
     left_out = f" ({len(unreadable)} unreadable, left out)" * bool(unreadable)
-    done = len(pairs) - len(unreadable)
+    done = len(names) - len(unreadable)
     console.print(f"{done} images in {out}{left_out}; now: python train.py imagenet --data-dir {out}")
     return 1 if unreadable else 0
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -23,7 +22,6 @@ import sys
 import time
 import uuid
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -50,19 +48,25 @@ LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed 
 # --- errors, in one line ----------------------------------------------------------------------------------
 
 
+def one_line(text: str) -> str:
+    """The text on one line that every terminal of UTF-8 can show: file names may hold any bytes."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
 class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
 
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
+    code = 1
+
+    def __init__(self, message: str, code: int | None = None):
+        super().__init__(one_line(message))
+        self.code = code or self.code
 
 
 class Unusable(Failure, ValueError):
     """Bad input: a file, a folder, a value that cannot be used.  The message is one line and says what to do."""
 
-    def __init__(self, message: str):
-        super().__init__(message, 2)
+    code = 2
 
 
 def run_command(command: Callable[..., None]) -> int:
@@ -111,14 +115,11 @@ class Screen(io.TextIOWrapper):
 
 def explain(error: BaseException) -> tuple[str, int | None]:
     """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if isinstance(error, Failure):
         return text, error.code
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; try a smaller --batch-size", 1
-    if text.startswith("DataLoader worker (pid"):  # its process is gone: the kernel wanted its memory back
-        lacking = "shared memory (docker run --shm-size)" if "Bus error" in text else "memory"
-        return f"a process that reads images was killed, for want of {lacking} perhaps; try fewer --workers", 1
     gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
     if gone or isinstance(error, dist.DistError):
         return "another process of this job is gone; start the same command again, or resume the run", 1
@@ -127,13 +128,8 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
         return "stopped", 130
     if hasattr(error, "format_message"):
-        return " ".join(error.format_message().split()), error.exit_code
+        return one_line(error.format_message()), error.exit_code
     return text, None
-
-
-def reason_of(error: BaseException) -> str:
-    """Any error in one line."""
-    return explain(error)[0]
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -176,15 +172,12 @@ class World:
             raise Unusable(f"--device {name}: no such device; use cpu or cuda:N, torch sees {count} of these") from None
         return device
 
-    def sum(self, values: Tensor) -> list[float]:
-        """Elementwise sums over the processes."""
-        return self._reduce(values, dist.ReduceOp.SUM)
-
     def max(self, values: Tensor) -> list[float]:
         """Elementwise maxima over the processes."""
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self.sum(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: Tensor, operation: Any) -> list[float]:
+    def sum(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> list[float]:
+        """Elementwise sums over the processes."""
         values = values.to(self.device, torch.float64)
         if self.size > 1:
             dist.all_reduce(values, operation)
@@ -200,10 +193,6 @@ class World:
         if self.size > 1:
             dist.all_gather_object(box, value)
         return box
-
-    def join(self, part: Tensor) -> Tensor:
-        """The parts of all processes, one after the other, on the CPU."""
-        return torch.cat(self.gather(part.cpu()))
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every process the main one's running statistics: between two of them they differ."""
@@ -510,7 +499,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged file, any
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise Unusable(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():

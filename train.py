@@ -112,7 +112,7 @@ class Options:
     subset: int | None = training(None, "train on N images and test on at most N (all)")
     split: float = training(0.0, "share of a folder's images to keep for testing, where it has no test/ or val/")
     data_dir: str | None = placed(None, "where the images are (data)", metavar="DIR")
-    workers: int | None = placed(None, "processes that decode large images (one a core, up to 8)")
+    workers: int | None = placed(None, "threads that decode large images (one a core, up to 8)")
     checkpoint_minutes: float = placed(10.0, "between checkpoints inside an epoch: what a power cut may cost")
     # Not on the command line.  schedule: epoch, learning rate there, and at the next row; linear in between.
     schedule: tuple[tuple[float, float, float], ...] = (
@@ -357,7 +357,7 @@ class Trainer:
         state = {name: getattr(self, name) for name in ("config", "step", "seconds", "evaluated", "fields")}
         state |= {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.free:
-            state["delta"] = self.world.join(self.free.delta)
+            state["delta"] = torch.cat(self.world.gather(self.free.delta.cpu()))
         self.checkpoints.save(state)
         self.run.event("checkpoint", f"checkpoint at step {self.step}")
         self.meter.clear()
@@ -971,7 +971,7 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
             trainer.fit()
         except BaseException as error:
             if trainer.run.state == "running":
-                reason = runs.reason_of(error)
+                reason, _ = runs.explain(error)
                 with contextlib.suppress(OSError):  # a full disk, say, must not hide the error itself
                     trainer.run.end("failed", "error", reason, error=reason)
             raise

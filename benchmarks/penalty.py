@@ -3,17 +3,25 @@
     python benchmarks/penalty.py                                    ResNeXt-34 (2x32), counts only, seconds to run
     python benchmarks/penalty.py --time                             and time and memory, interleaved, on this device
     python benchmarks/penalty.py --model resnet50 --size 224 --classes 1000
+    python benchmarks/penalty.py --time --way float32 --way tf32 --way bfloat16+channels_last --way compile
 
 Counts are of the convolutions and matrix products of one step, in units of a plain step's; they do not depend on the
-machine.  Times are medians of ratios to a plain step that ran just before, in the same process.
+machine.  Times are medians of ratios to a plain step of the first way that ran just before, in the same process.
+A way is what train.py offers to be faster, joined by +: float32 (nothing), tf32 (which train.py refuses for small h),
+bfloat16 (--amp), channels_last, compile.  Beside it stands what it costs: how far the mean penalty is from the same in
+float64, and the cosine of its weight gradient to that.
 """
 
+import contextlib
+import copy
 import math
 import statistics
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -22,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
+import runs
 import train
 
 METHODS = {
@@ -31,6 +40,7 @@ METHODS = {
     "exact (double backpropagation)": {"method": "exact"},
     "jvp (forward mode)": {"method": "jvp"},
 }
+WAYS = ("float32", "tf32", "bfloat16", "channels_last", "compile")
 
 
 class CountProducts(TorchDispatchMode):
@@ -89,6 +99,67 @@ def measure(objective: nn.Module, images: Tensor, labels: Tensor) -> tuple[float
     return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
 
 
+class Prepared(NamedTuple):
+    """An objective on its own copy of the network, in a way to compute it."""
+
+    objective: nn.Module
+    way: list[str]
+    images: Tensor
+    labels: Tensor
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Context: TF32 is allowed only where the way says so."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "tf32" in self.way
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def prepared(network: nn.Module, images: Tensor, labels: Tensor, way: list[str], **options: Any) -> Prepared | None:
+    """None where train.py refuses the method in this way."""
+    options |= {"amp": "bfloat16" in way, "compile": "compile" in way}
+    try:
+        train.check_given({name: value for name, value in options.items() if value is not False})
+    except runs.Failure:
+        return None
+    layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
+    objective = train.Objective(copy.deepcopy(network).to(memory_format=layout), **options)
+    objective = train.distributed(objective, types.SimpleNamespace(size=1))
+    return Prepared(objective, way, images.contiguous(memory_format=layout), labels)
+
+
+def penalty_and_gradient(case: Prepared) -> tuple[float, Tensor]:
+    """The mean penalty of a batch, and its gradient with respect to the weights, in float64."""
+    with case.precision():
+        penalty = case.objective(case.images, case.labels).penalties.mean()
+        found = torch.autograd.grad(penalty, list(case.objective.network.parameters()), allow_unused=True)
+    return penalty.item(), torch.cat([grad.double().flatten() for grad in found if grad is not None])
+
+
+def accuracy(case: Prepared, exact: tuple[float, Tensor]) -> str:
+    """Distance of the penalty and its weight gradient from the same in float64."""
+    penalty, grad = penalty_and_gradient(case)
+    off = 100 * abs(penalty - exact[0]) / exact[0]
+    return f"   penalty off by {off:.3g} %, cosine {torch.cosine_similarity(grad, exact[1], dim=0).item():.4f}"
+
+
+def compared(plain: Prepared, case: Prepared, repeats: int) -> str:
+    """Time, as a ratio and in ms, and memory of a step beside plain ones."""
+
+    def one(of: Prepared) -> tuple[float, float]:
+        with of.precision():
+            return measure(of.objective, of.images, of.labels)
+
+    for _ in range(3):  # algorithms are chosen, and networks compiled
+        one(plain), one(case)
+    pairs = [(one(plain), one(case)) for _ in range(repeats)]
+    ratio = statistics.median(mine[0] / base[0] for base, mine in pairs)
+    line = f"   {ratio:5.2f} x the time ({statistics.median(p[1][0] for p in pairs) * 1e3:.1f} ms)"
+    return line + ("" if math.isnan(pairs[0][1][1]) else f"   {max(p[1][1] for p in pairs):.2f} GiB")
+
+
 def main(
     model: str = "resnext34",
     size: int = 32,
@@ -97,36 +168,36 @@ def main(
     h: float = 0.01,
     norm: str = "l2",
     timed: Annotated[bool, typer.Option("--time")] = False,
+    way: Annotated[list[str], typer.Option(help=f"Of {', '.join(WAYS)}, joined by +.")] = ["float32"],  # noqa: B006
     repeats: int = 10,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    ways = {name: name.split("+") for name in way}
+    if unknown := {part for parts in ways.values() for part in parts} - {*WAYS}:
+        raise runs.Unusable(f"--way {unknown.pop()}: choose from {', '.join(WAYS)}")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch_size, 3, size, size, generator=generator).to(device)
     labels = torch.randint(classes, (batch_size,), generator=generator).to(device)
-
-    def objective(how: dict[str, Any]) -> nn.Module:
-        torch.manual_seed(0)
-        network = models.build(model, classes=classes).to(device).train()
-        return train.Objective(network, norm=norm, h=h, **how)
-
-    objectives = {name: objective(how) for name, how in METHODS.items()}
-    plain = count(objectives["plain"], images, labels)
+    torch.manual_seed(0)
+    network = models.build(model, classes=classes).to(device).train()
+    plain = prepared(network, images, labels, ways[way[0]], **METHODS["plain"], norm=norm)
+    flops = count(prepared(network, images, labels, [], **METHODS["plain"]).objective, images, labels)
     hardware = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{model}, {size}x{size}, batch {batch_size}, torch {torch.__version__}, {hardware}")
-    print(f"plain step: {plain / batch_size / 1e9:.2f} GFLOP an image")
-    for name, module in objectives.items():
-        line = f"{name:32} {count(module, images, labels) / plain:5.2f} x the operations"
-        if timed:
-            measure(module, images, labels)
-            pairs = [
-                (measure(objectives["plain"], images, labels), measure(module, images, labels)) for _ in range(repeats)
-            ]
-            ratio = statistics.median(mine[0] / base[0] for base, mine in pairs)
-            line += f"   {ratio:5.2f} x the time ({statistics.median(p[1][0] for p in pairs) * 1e3:.1f} ms)"
-            line += "" if math.isnan(pairs[0][1][1]) else f"   {max(p[1][1] for p in pairs):.2f} GiB"
-        print(line, flush=True)
+    print(f"{model}, {size}x{size}, batch {batch_size}, torch {torch.__version__}, {hardware}, {runs.git_commit()}")
+    print(f"plain step: {flops / batch_size / 1e9:.2f} GFLOP an image")
+    for name, how in METHODS.items():
+        options = how | {"norm": norm} | ({"h": h} if how["method"] == "fd" else {})
+        counted = count(prepared(network, images, labels, [], **options).objective, images, labels) / flops
+        line, exact = f"{name:32} {counted:5.2f} x the operations", None
+        if timed and name != "plain":
+            double = prepared(copy.deepcopy(network).double(), images.double(), labels, [], **options)
+            exact = penalty_and_gradient(double)
+        for title, parts in ways.items():
+            case, found = prepared(network, images, labels, parts, **options), ""
+            if timed and case:
+                found = compared(plain, case, repeats) + (accuracy(case, exact) if exact else "")
+            print(f"{line}   {title:22}{found}" if case else f"{line}   {title:22}   refused by train.py", flush=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(runs.run_command(main))

@@ -17,6 +17,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell, in what it 
 torch.set_num_threads(1)  # tests run beside each other; threads that wait for each other crawl
 
 
+@pytest.fixture
+def device():
+    """The CPU, or what GRADREG_TEST_DEVICE names."""
+    return torch.device(os.environ.get("GRADREG_TEST_DEVICE", "cpu"))
+
+
 @pytest.fixture(autouse=True)
 def _own_generator_state():
     """Tests neither see nor change torch's global generator."""

@@ -4,6 +4,7 @@ The jobs here write a checkpoint with every record, that is, every ten steps: th
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
 import models
@@ -27,7 +29,8 @@ from benchmarks import faults
 from benchmarks.faults import JOB, STEPS, Pair, assert_ended_as, free_port, last_step, lost, records, state, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-LITTLE = ["digits", "--subset", "80", "--batch-size", "2", "--epochs", "2"]  # 80 steps, 40 an epoch
+EPOCH = 30  # steps
+LITTLE = ["digits", "--subset", f"{2 * EPOCH}", "--batch-size", "2", "--epochs", "2"]
 OFTEN = ["--checkpoint-minutes", "1e-9"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 PATIENCE = 120  # seconds, for anything: machines differ
@@ -154,6 +157,65 @@ def named(root, *more, **how):
     return Job(root / "run", *JOB, "--runs", root, "--name", "run", *more, **how)
 
 
+def rank(*arguments):
+    """What torchrun's agent runs in each process."""
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG: who is forked hears of the agent's death, who is started does not
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+    sys.argv = ["train.py", *map(str, arguments)]
+    train.PROBE_IMAGES = 20
+    runs.run_command(train.main)  # leaves with the exit code
+
+
+class Agent:
+    """Context: torchrun's agent, forked with all that it and its two processes need; afterwards it is gone: kill -9."""
+
+    def __init__(self, log, *arguments, restarts=0):
+        self.log, self.arguments, self.code = log, arguments, None
+        self.how = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": restarts}
+        self.how |= {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "start_method": "fork"}
+
+    def __enter__(self):
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                elastic_launch(LaunchConfig(run_id=self.log.name, monitor_interval=0.1, **self.how), rank)(
+                    *self.arguments
+                )
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return self
+
+    def ended(self):
+        """Its exit code, or None while it works."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def until(self, condition):
+        faults.wait_until(lambda: condition() or self.ended() is not None, what=self.output)
+        assert self.ended() is None, self.output
+
+    def __exit__(self, *_):
+        if self.ended() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            faults.wait_until(lambda: self.ended() is not None)
+
+    @property
+    def output(self):
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def lines(self):
+        return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
+
+
 # --- a job of torchrun, and what may befall it ------------------------------------------------------------
 
 
@@ -164,30 +226,28 @@ def test_a_job_through_many_faults(monkeypatch, tmp_path, whole, capsys):
     """
     root = tmp_path / "runs"
     run = root / "run"
-    with named(root, restarts=1) as job:
-        job.reach(20)
-        assert kill(root, "0") == 1
-        faults.wait_until(lambda: lost(run) or job.process.poll() is not None, what=job.output)
-        job.reach(40)
-        job.process.terminate()
-        assert job.end() not in (0, None)
+    line = [*JOB, "--runs", root, "--name", "run"]
+    with Agent(tmp_path / "first", *line, restarts=1) as job:
+        job.until(lambda: last_step(run) >= 20)
+        os.kill(json.loads((run / "status.json").read_text())["pid"], signal.SIGKILL)  # rank 0
+        job.until(lambda: lost(run) and last_step(run) >= 40)
+        os.kill(job.pid, signal.SIGTERM)
+        faults.wait_until(job.ended, what=job.output)
         assert "going on with it" in job.output
         assert state(run) == "interrupted"
         assert job.lines()[-1].startswith("train.py: stopped by SIGTERM at step")
     assert last_step(run) == runs.read_checkpoint(run / "checkpoint.pt")["step"] < STEPS
     content = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    with named(root) as again:
-        faults.wait_until(lambda: len(lost(run)) == 2 or again.process.poll() is not None, what=again.output)
+    with Agent(tmp_path / "second", *line) as again:
+        again.until(lambda: len(lost(run)) == 2)
         assert command(monkeypatch, "--resume", run) == 2  # and nothing that the others do changes by it
         assert "is working on it" in capsys.readouterr().err
-        again.process.kill()
-        faults.wait_until(lambda: not processes(root), seconds=60, what=str(processes(root)))
-        assert again.end() == -signal.SIGKILL
-        assert "going on from the one before it" in again.output
-        assert state(run) == "interrupted"
-        (line,) = again.lines()
-        assert line.startswith("train.py: stopped by SIGTERM at step")
+    faults.wait_until(again.lines, what=again.output)
+    assert state(run) == "interrupted"
+    assert "going on from the one before it" in again.output
+    (stopped,) = again.lines()
+    assert stopped.startswith("train.py: stopped by SIGTERM at step")
     with Pair(tmp_path / "log", "--resume", run) as last:
         assert last.end() == [0, 0], last.output
     assert len(lost(run)) == 3
@@ -300,10 +360,10 @@ def test_a_signal_during_an_evaluation_puts_it_off(monkeypatch, tmp_path, alone,
         assert command(monkeypatch, *LITTLE, "--runs", tmp_path, "--name", "run") == 143
     run = tmp_path / "run"
     assert state(run) == "interrupted"
-    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == 40 * epoch
-    assert [r["step"] for r in records(run, "epoch")] == [40, 80][: epoch - 1]
+    assert runs.read_checkpoint(run / "checkpoint.pt")["step"] == EPOCH * epoch
+    assert [r["step"] for r in records(run, "epoch")] == [EPOCH, 2 * EPOCH][: epoch - 1]
     assert command(monkeypatch, "--resume", run) == 0
-    assert [r["step"] for r in records(run, "epoch")] == [40, 80]
+    assert [r["step"] for r in records(run, "epoch")] == [EPOCH, 2 * EPOCH]
     assert lost(run) == [0]
     assert_ended_as(run, alone)
 

@@ -90,7 +90,6 @@ def files(folder):
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "another process of this job is gone", 1),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), "another process of this job is gone", 1),
         (torch.distributed.DistStoreError("no"), "another process of this job is gone", 1),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "--shm-size", 1),
         (typer.BadParameter("no\nnumber"), "no number", 2),
         (typer.Abort(), "stopped", 130),
         (ZeroDivisionError(), "ZeroDivisionError", None),
@@ -102,27 +101,6 @@ def test_an_error_is_one_line_and_a_code_unless_it_is_ours(error, words, code):
     assert words in line
     assert len(line.splitlines()) == 1
     assert found == code
-    assert runs.reason_of(error) == line
-
-
-class Victim(torch.utils.data.Dataset):
-    """Its worker ends as by the kernel that needs memory."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_the_kernel_killed_is_one_line():
-    """In torch's own words."""
-    with pytest.raises(RuntimeError) as caught:
-        list(torch.utils.data.DataLoader(Victim(), num_workers=1, batch_size=None))
-    line, code = runs.explain(caught.value)
-    assert code == 1
-    assert "for want of memory" in line
-    assert "--workers" in line
 
 
 # --- the screen -------------------------------------------------------------------------------------------

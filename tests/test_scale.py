@@ -324,8 +324,8 @@ def test_adversarial_training_buys_robustness_in_its_norm(monkeypatch, tmp_path)
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
     images, labels = data.fetch(data.load("digits").test, np.arange(200), torch.device("cpu"))
     errors = {}
-    for method in ("none", "at"):
-        assert command(monkeypatch, *small_, "--method", method, "--name", method) == 0
+    for method, how in (("none", []), ("at", ["--attack-steps", 3])):
+        assert command(monkeypatch, *small_, "--method", method, *how, "--name", method) == 0
         network = models.load(tmp_path / method)
         found = attacks.pgd(network, images, labels, norm="linf", eps=0.1, steps=10)
         errors[method] = (network(found).argmax(1) != labels).double().mean().item()
@@ -467,7 +467,8 @@ def job(request, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
         free.close()
-        torch.multiprocessing.spawn(process, (size, folder), nprocs=size)
+        # Forked, they have imported everything already.
+        torch.multiprocessing.start_processes(process, (size, folder), nprocs=size, start_method="fork")
     return folder, [torch.load(folder / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
 
 
@@ -528,9 +529,9 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
     shapes, tested = [], set()
 
     class Spy(train.Objective):
-        def forward(self, images, labels):
+        def forward(self, images, *others):
             shapes.extend([tuple(images.shape)] * self.network.training)
-            return super().forward(images, labels)
+            return super().forward(images, *others)
 
     evaluation_batches = data.evaluation_batches
 
@@ -556,6 +557,7 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
     for record in records(run, "epoch"):
         assert 0 <= record["top5_error_pct"] <= record["clean_error_pct"] <= 100
     real = train.Plan.rate
+    begin = [*small_, "--name", "died"]
     for last in (2, 4, 11):  # dies in the first phase, after the first change of size, and just after the second
 
         def dies(self, step, last=last):
@@ -566,10 +568,13 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
         with monkeypatch.context() as patched:
             patched.setattr(train.Plan, "rate", dies)
             with pytest.raises(Crash):
-                command(monkeypatch, *small_, "--name", f"died{last}")
-        assert command(monkeypatch, "--resume", tmp_path / f"died{last}") == 0
-        a, b = weights(run), weights(tmp_path / f"died{last}")
-        assert all(torch.equal(a[name], b[name]) for name in a)
+                command(patched, *begin)
+        begin = ["--resume", tmp_path / "died"]
+    assert command(monkeypatch, *begin) == 0
+    resumes = [e["message"] for e in records(tmp_path / "died", "event") if e["event"] == "resume"]
+    assert len(resumes) == 3
+    a, b = weights(run), weights(tmp_path / "died")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_unreadable_images_are_named_and_skipped_up_to_a_limit(monkeypatch, tmp_path, photographs, capsys):
