@@ -741,7 +741,7 @@ def chart(canvas: Canvas, runs: Sequence[Run], view: View, index: int, panel: tu
     (title, series), many, curves = panel, len(runs) > 1, []
     names = distinct([run.name for run in runs], min(14, canvas.width // 3))
     tags = 1 + (max(map(cell_len, names)) if many else 5 * (len(series) > 1))
-    rows, columns, log = canvas.height - 2, canvas.width - GUTTER - tags, title.split()[0] in view.logs
+    rows, columns = canvas.height - 2, canvas.width - GUTTER - tags
     edges = np.linspace(*x_range(runs, view.zoom), 2 * columns + 1)
     edges[-1] = np.nextafter(edges[-1], math.inf)
     for i, run in enumerate(runs):
@@ -750,12 +750,13 @@ def chart(canvas: Canvas, runs: Sequence[Run], view: View, index: int, panel: tu
             colour, tag = (f"c{i}", names[i]) if many else (s.colour, run.named(s.tag))
             bins = bins._replace(low=bins.line, high=bins.line) if many else bins  # envelopes would hide each other
             curves += [Curve(run, s, colour, tag, bins)] if not np.isnan(bins.line).all() else []
-    unit = series[0].unit.strip("-") if series else ""
-    canvas.head(f"{index + 1} {title}", unit, "log" * log, heavy=index == view.at)
+    unit, heavy, log = series[0].unit.strip("-") if series else "", index == view.at, title.split()[0] in view.logs
     if not curves:
+        canvas.head(f"{index + 1} {title}", unit, heavy=heavy)
         canvas.write(canvas.height // 2, [[("no data yet", "dim")]], canvas.width // 2 - 5)
         return
     scale, plot = scale_of(*limits([c.bins for c in curves]), rows, log), canvas[1:-1, GUTTER : GUTTER + columns]
+    canvas.head(f"{index + 1} {title}", unit, "log" * scale.log, heavy)
     draw(plot, curves, scale, band=not many and series[0].table == "step")
     mark(plot, curves, scale, edges)
     canvas.write(1, [[("│", "axis")]] * rows, GUTTER - 1)
@@ -847,7 +848,9 @@ def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: floa
             rivals = {v for v, old, of in entries if v == v and not old and of == own}
             sign = "†" if other and value == value else "★" if len(rivals) > 1 and value == best(rivals) else " "
             columns[-1].append((f"{number(value)} {sign}", "good+" if sign == "★" else "text+"))
-    steps = [f"{known['step']:,.0f}/{known['steps_total']:,.0f}".replace("/nan", "") for known in runs]
+    steps = [
+        f"{known['step']:,.0f}/{known['steps_total']:,.0f}".replace("/nan", "").replace("nan", "–") for known in runs
+    ]
     keys = dict.fromkeys(chain.from_iterable(known["options"] for known in runs))  # those that differ, the first four
     keys = [key for key in keys if len({str(known["options"].get(key)) for known in runs}) > 1][:4]
     differ = [" ".join(f"{key}={clean(known['options'].get(key, '–'), 12)}" for key in keys) for known in runs]
@@ -868,7 +871,6 @@ def number_lines(run: Run, known: dict[str, Any]) -> list[Line]:
         lines.append([*label, (f"{mean:>8}{number(found['least']):>8}{end:>8}", "text")])
     age = known["age_s"] if known["state"] in ("LIVE", "STALLED") else math.nan
     cells = [(label, number(values[0])) for label, values, _, evaluated in robustness([known]) if evaluated]
-    cells += [("", "")] * (len(cells) % 2)
     cells += [("since start", duration(known["elapsed_s"])), ("training", duration(last_value(known, "seconds")))]
     cells += [("last record", "now" if age < 3 else duration(age)), ("steps/s", number(known["steps_per_s"]))]
     cells += [("records", f"{known['lines']:,}"), ("bad lines", f"{known['bad_lines']:,}")]
@@ -897,7 +899,7 @@ def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Line
         *([(f"↻ resumed @{at:,.0f}", "warn")] for at in list(log.resumes)[-1:]),
         [(f"metrics.jsonl: {run.tail.error}" if run.tail.error and run.exists and log.lines else "", "bad")],
         [(note, role)] if role != "good" else [],
-        [("step ", "dim"), (f"{step:,.0f}/{total:,.0f}".replace("/nan", ""), "text")],
+        [("step ", "dim"), (f"{step:,.0f}/{total:,.0f}".replace("/nan", "").replace("nan", "–"), "text")],
         [("epoch ", "dim"), (f"{epoch:.1f}/{epochs:,.0f}".replace("/nan", ""), "text")] if epoch == epoch else [],
         [(f"{word} ", "dim"), (duration(seconds), "text+")] if seconds == seconds else [],
         [(note, role)] if role == "good" else [],
@@ -906,7 +908,7 @@ def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Line
     for part in (part for part in parts if any(text for text, _ in part)):
         longer = [*line, *([("   ", "")] if line else []), *part]
         line = longer if cell_len("".join(text for text, _ in longer)) <= width or not line else line
-    share = float(np.nan_to_num(min(1.0, step / total)))
+    share = float(np.nan_to_num(np.minimum(1.0, step / total)))
     right = f" {share:.1%} · {shown}"
     full = round(share * (room := max(0, width - len(right))))
     return [line, [("━" * full, role), ("─" * (room - full), "rule"), (right, "dim")]]
@@ -1006,6 +1008,7 @@ def _key(key: str, name: str, shown: str = "", more: str = "", bound: str = "") 
 
 KEYS = [
     Binding("q", "quit", "quit"),
+    Binding("ctrl+c", "quit", show=False, priority=True),
     Binding("question_mark,h", "show_help_panel", "help", key_display="?"),
     _key("1", "panel", "1-9", "alone, and back"),
     *[_key(str(i), f"panel {i}") for i in range(2, 10)],
@@ -1085,10 +1088,7 @@ class Pane(ScrollView, can_focus=True):
 class Picker(Screen):
     """The runs in a directory, one or several of which can be opened."""
 
-    BINDINGS: ClassVar = [
-        Binding("enter", "open", "open", priority=True),
-        Binding("escape,q,r", "dismiss", "back", key_display="esc"),
-    ]
+    BINDINGS: ClassVar = [Binding("enter", "open", "open", priority=True), ("escape,q,r", "dismiss", "back")]
 
     def __init__(self, root: Path, found: list[tuple[Run, dict[str, Any]]], width: int, styles: dict[str, Style]):
         super().__init__()
@@ -1169,7 +1169,7 @@ class Dash(App):
             self.redraw()
             self.pane.scroll_to(0, 1e6 if self.view.alone == "events" else 0, animate=False)
 
-    @work
+    @work(exclusive=True)
     async def action_runs(self) -> None:
         """Pick a run, or several to be compared; those that are open stay read."""
         root = Path(self.runs[0].real).parent if self.runs else self.root

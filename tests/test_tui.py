@@ -756,6 +756,17 @@ def test_what_the_wide_screen_says(busy):
     assert [t for t, _ in tui.panels_of([busy])][6:] == ["margin gradient ‖∇‖₁", "learning rate", "images/s"]
 
 
+def test_what_is_unknown_is_not_made_up(tmp_path):
+    """A run of unknown length is not done, one without a record is at no step."""
+    endless = run_of(tmp_path / "endless", step(5), steps_total=None)
+    assert "step 5   " in screen([endless])
+    assert " 0.0% · all steps" in screen([endless])
+    stopped = run_of(tmp_path / "stopped", status={"state": "interrupted"})
+    for text in (screen([stopped]), screen([endless, stopped]), screen([stopped, endless], alone="numbers")):
+        assert "nan" not in text
+    assert "step –/100" in screen([stopped])
+
+
 def test_charts_come_in_pages_and_the_one_in_focus_is_always_there(busy):
     """As many as there is room for: 6, 4, 2, 1."""
     titles = [f"{i} {title}" for i, (title, _) in enumerate(tui.panels_of([busy]), 1)]

@@ -105,7 +105,7 @@ def test_themes_are_chosen_from_textuals_palette(runs):
         await see("1 loss")
         assert app.styles_by_role["c0"] != before
         await pilot.press("question_mark")
-        await pilot.press("ctrl+q")  # quits from everywhere
+        await pilot.press("ctrl+c")  # quits from everywhere
         assert app._exit
 
     drive(scenario, runs / "a")
