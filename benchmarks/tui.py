@@ -3,12 +3,14 @@
     python benchmarks/tui.py                                measure everything (about 2 minutes, 400 MB of disk)
     python benchmarks/tui.py make DIR --records 200000      only write a run, to look at
     python benchmarks/tui.py live DIR --rate 50             write one and let it grow
+    python benchmarks/tui.py picture OUT.svg RUN [RUN]      the screen as a picture, as those in docs/
 
 The measurements drive the real program in a pseudo-terminal of 120 x 36 cells and count what arrives there.
 The runs are invented; their shape is not: losses fall with the learning rate's steps, gradient norms have a
 heavy tail, epochs end in an epoch record and a checkpoint.
 """
 
+import asyncio
 import codecs
 import fcntl
 import json
@@ -35,14 +37,14 @@ TUI = Path(__file__).resolve().parent.parent / "tui.py"
 app = typer.Typer(add_completion=False)
 
 
-def config(name: str, steps: int, epoch: int) -> dict:
+def config(name: str, steps: int, epoch: int, created: float) -> dict:
     """config.json of a made-up run."""
     options = {
         **{"dataset": "cifar10", "method": "fd", "norm": "l2", "lam": 0.1, "h": 0.01, "model": "resnet18"},
         **{"activation": "gelu", "epochs": steps // epoch, "batch_size": 128, "seed": 0, "lr": 0.1},
     }
     return {
-        **{"format": 1, "name": name, "command": "python train.py", "options": options, "created": time.time()},
+        **{"format": 1, "name": name, "command": "python train.py", "options": options, "created": created},
         **{"device": "cuda", "host": socket.gethostname(), "processes": 1, "steps_per_epoch": epoch},
         **{"steps_total": steps, "images_train": 50000, "images_test": 10000, "classes": 10},
         **{"attack_eps": 0.5, "omega_eps": RADII, "omega_method": "ascent"},
@@ -56,7 +58,7 @@ class Writer:
         self.path, self.steps, self.epoch, self.gap = path, steps, epoch, gap
         self.random, self.step, self.start = random.Random(seed), 0, time.time()
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config(path.name, steps, epoch)))
+        (path / "config.json").write_text(json.dumps(config(path.name, steps, epoch, self.start)))
         self.file = open(path / "metrics.jsonl", "a", buffering=1 << 20)  # noqa: SIM115
 
     def line(self, kind: str, **fields) -> None:
@@ -240,10 +242,10 @@ def measure_million(path: Path) -> None:
     first = time.monotonic() - terminal.begun
     delays = []
     while f"step {writer.step:,}/" not in terminal.screen.text:
-        terminal.press("p")
-        delays.append(terminal.wait("PAUSED"))
-        terminal.press("p")
-        delays.append(terminal.wait("PAUSED", gone=True))
+        terminal.press("e")
+        delays.append(terminal.wait("1 loss", gone=True))
+        terminal.press("e")
+        delays.append(terminal.wait("1 loss"))
         terminal.read(1)
     done = time.monotonic() - terminal.begun
     print(f"1,000,000 lines, {megabytes:.0f} MB   first screen {first:.2f} s, all read {done:.2f} s")
@@ -268,6 +270,25 @@ def measure_growth(path: Path, seconds: float = 30) -> None:
     print(f"  peak memory             {terminal.peak_megabytes():.0f} MB")
     terminal.close()
     os.waitpid(child, 0)
+
+
+@app.command()
+def picture(out: Path, runs: list[Path], size: str = "120x36") -> None:
+    """Write the screen as an SVG that fetches no font."""
+    sys.path.insert(0, str(TUI.parent))
+    sys.modules.pop("tui", None)  # this file has the name of the module it measures
+    from tui import Dash
+
+    async def shoot() -> str:
+        dash = Dash(runs, runs[0].parent)
+        async with dash.run_test(size=tuple(map(int, size.split("x")))) as pilot:
+            while not (dash.caught_up and dash.screen.query("FooterKey")):
+                await pilot.pause(0.01)
+            await pilot.pause()
+            return dash.export_screenshot(title=" ", simplify=True)
+
+    svg = re.sub(r"@font-face \{.*?\}", "", asyncio.run(shoot()), flags=re.DOTALL)
+    out.write_text(svg.replace("Fira Code", "DejaVu Sans Mono, Menlo"))
 
 
 @app.command()
