@@ -35,7 +35,7 @@ Left out: moduli of single images (each costs an attack), a modulus for each bin
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -100,14 +100,14 @@ class MaskedGradientsError(ValueError):
 
 @dataclass(frozen=True)
 class Margins:
-    """What a bound needs to know of N images: losses and dual gradient norms (N, J), curvatures (N,); see `margins`."""
+    """What a bound needs to know of N images: losses (N, J), dual gradient norms (N, J); see `margins`."""
 
     losses: Tensor
     grad_norms: Tensor
     norm: Norm
     topk: int
     loss: Loss
-    curvatures: Tensor | None = None
+    ahead: bool = False
 
     @property
     def zero_gradients(self) -> float:
@@ -116,49 +116,52 @@ class Margins:
 
     def __getitem__(self, index) -> "Margins":
         """The margins of some of the images."""
-        curvatures = None if self.curvatures is None else self.curvatures[index]
-        return Margins(self.losses[index], self.grad_norms[index], self.norm, self.topk, self.loss, curvatures)
+        return replace(self, losses=self.losses[index], grad_norms=self.grad_norms[index])
 
 
 def margins(
     model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, loss: Loss = "logits",
-    rivals: int = 1, curvature: bool = False, batch_size: int = 512,
+    rivals: int = 1, ahead: bool = False, batch_size: int = 512,
 ) -> Margins:  # fmt: skip
     """Losses and gradient norms of each image: one forward pass, and as many backward passes as rivals.
 
     Column j belongs to the class that is (topk + j)-th largest of the others.  One rival is Section 2.  With
     more, a bound is the smallest over the rivals: calibrated, it is much tighter, because the runner-up at x is
-    often not the class that is nearest to x.  With curvature, for one more forward pass, the C of Remark 2.1 that shows
-    on the way to where the linearised margin of the nearest of them is 0.  Raises ValueError, in one line, for a model
-    in training mode, images outside [0, 1], and whatever else bounds cannot speak about.
+    often not the class that is nearest to x.  With ahead, for a pass more each way, a last column has what the tangent
+    of l at another point says of x: where the linearised margin of the nearest rival is 0.  Where a boundary bends, or
+    is another rival's, that is nearer to the truth.  Raises ValueError, in one line, for a model in training mode,
+    images outside [0, 1], and whatever else bounds cannot speak about.
     """
     _check(model, images, labels)
-    losses, norms, curvatures = [], [], []
+    losses, norms = [], []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = model(x)
             columns = [_margin(logits, y, topk + j, loss) for j in range(rivals)]
             grads = [gradient(column, x, retain_graph=True) for column in columns]
-        losses.append(torch.stack(columns, 1).detach())
-        norms.append(torch.stack([dual_norm(grad, norm) for grad in grads], 1))
-        if curvature:
-            ahead, tangent, r = _linearised_boundary(x.detach(), losses[-1], torch.stack(grads), norms[-1], norm)
-            with torch.no_grad():
-                rise = _margin(model(ahead), y, topk, loss) - tangent
-            curvatures.append((2 * rise / r.square()).where(r > 0, 0).clamp_min(0))
+        known = torch.stack(columns, 1).detach(), torch.stack([dual_norm(grad, norm) for grad in grads], 1)
+        if ahead:
+            more = _tangent_ahead(_margin_of(model, y, topk, loss), x.detach(), *known, torch.stack(grads), norm)
+            known = [torch.cat(both, 1) for both in zip(known, more, strict=True)]
+        losses.append(known[0])
+        norms.append(known[1])
     losses = _sound(torch.cat(losses), labels, model, images)
-    curved = _sound(torch.cat(curvatures), labels, model, images) if curvature else None
-    return Margins(losses, torch.cat(norms), norm, topk, loss, curved)
+    return Margins(losses, torch.cat(norms), norm, topk, loss, ahead)
 
 
-def _linearised_boundary(x, losses, grads, norms, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest point at which the margin of a rival, linearised, is 0, in [0, 1]; its value there; how far it is."""
-    reach, first = (-losses / norms).clamp(0, math.sqrt(x[0].numel())).min(1)
-    grad = grads[first, torch.arange(len(x), device=x.device)]
-    ahead = (x + column(reach, x) * gradreg.steepest(grad, norm)).clamp(0, 1)
-    tangent = losses.gather(1, first[:, None])[:, 0] + (grad * (ahead - x)).flatten(1).sum(1)
-    return ahead, tangent, vector_norm(ahead - x, norm)
+def _tangent_ahead(loss_fn: LossFn, x, losses, norms, grads, norm: Norm) -> tuple[Tensor, Tensor]:
+    """What l is at x, by its tangent at the nearest point of a linearised boundary, and the norm of that (N, 1) each.
+
+    Where it says that x is misclassified, it says nothing of the distance, and is the nearest rival's column again.
+    """
+    reach, first = (-losses / norms).nan_to_num(0).clamp(0, math.sqrt(x[0].numel())).min(1, keepdim=True)
+    grad = grads[first[:, 0], torch.arange(len(x), device=x.device)]
+    point = (x + column(reach, x) * gradreg.steepest(grad, norm)).clamp(0, 1)
+    there, slope = input_gradient(loss_fn, point)
+    here = (there - (slope * (point - x)).flatten(1).sum(1))[:, None]
+    again, slope = here >= 0, dual_norm(slope, norm)[:, None]
+    return losses.gather(1, first).where(again, here), norms.gather(1, first).where(again, slope)
 
 
 # --- Proposition 2.2 ---------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ class Estimate:
     """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for one norm, topk and loss.
 
     gevs: the fitted distributions, L's and then one for each radius (sampling only).  rivals: how many the bounds must
-    be taken over, at least.  curved: omega of an image is this and C eps^2 / 2, of its own curvature.
+    be taken over, at least; ahead: and whether over the tangent ahead.
     """
 
     method: str
@@ -181,7 +184,7 @@ class Estimate:
     omega: Tensor
     gevs: "tuple[GEV, ...]" = ()
     rivals: int = 1
-    curved: bool = False
+    ahead: bool = False
 
 
 def lipschitz_bound(margins: Margins, estimate: Estimate) -> Tensor:
@@ -200,20 +203,19 @@ def omega_bound(margins: Margins, estimate: Estimate) -> Tensor:
     Raises MaskedGradientsError, and ValueError for an estimate of another norm, topk or loss, or of more rivals.
     """
     _check_match(margins, estimate)
-    own = margins.curvatures[:, None, None] * estimate.eps.square() / 2 if estimate.curved else 0.0  # Remark 2.1
-    return invert_omega(-margins.losses, margins.grad_norms, estimate.eps, estimate.omega + own).amin(1)
+    return invert_omega(-margins.losses, margins.grad_norms, estimate.eps, estimate.omega).amin(1)
 
 
 def invert_omega(gaps: Tensor, grad_norms: Tensor, eps: Tensor, omega: Tensor) -> Tensor:
     """The largest r with  r ||g||_* + omega(r) <= gap,  like gaps: 0 if there is none, at most eps[-1].
 
-    gaps = l0 - l(x) and grad_norms, of one shape; eps (K,) increasing, omega (..., K).  Between two radii omega is
+    gaps = l0 - l(x) and grad_norms, of one shape; eps (K,) increasing, omega (K,).  Between two radii omega is
     taken at the larger one, and made non-decreasing, since the balls are nested: so true values of omega give
     true bounds.  With linear interpolation they would not.  Raises ValueError if eps does not increase.
     """
     if not (eps.diff() > 0).all():
         raise ValueError("the radii must increase")
-    omega = omega.cummax(-1).values
+    omega = omega.cummax(0).values
     below = torch.cat([eps.new_zeros(1), eps[:-1]])
     reach = torch.minimum((gaps[..., None] - omega) / grad_norms[..., None], eps)
     return torch.where(reach > below, reach, 0).amax(-1)
@@ -265,8 +267,8 @@ def _check_match(margins: Margins, estimate: Estimate) -> None:
         raise ValueError(f"the margins have the norm, topk and loss {ours}, the estimate has {theirs}")
     if margins.losses.shape[1] < estimate.rivals:
         raise ValueError(f"the estimate holds for margins with {estimate.rivals} rivals or more")
-    if estimate.curved and margins.curvatures is None:
-        raise ValueError("the estimate holds for margins with their curvature")
+    if estimate.ahead and not margins.ahead:
+        raise ValueError("the estimate holds for margins with the tangent ahead")
 
 
 # --- estimates of L and omega ------------------------------------------------------------------------------
@@ -375,9 +377,6 @@ def estimate_by_calibration(
     nothing of the model; the exponent, fixed beforehand, decides only how tight the bounds are (1: kinks at every
     scale, 2: bounded curvature, Remark 2.1).
 
-    Margins with curvatures give bounds that are much tighter, at the same promise: the omega of an image is then
-    C eps^2 / 2 + t eps^2, of its own C, and t may be negative.
-
     The score of an image is the smallest t at which its own bound is true, and t the conformal quantile of the
     scores.  No omega-bound exceeds the largest distance seen.  Cost: no model call.
     Raises ValueError for fewer than 1 / alpha - 1 images, or too few of them with a known distance.
@@ -389,19 +388,17 @@ def estimate_by_calibration(
         raise ValueError(f"0 < alpha < 1 and a positive exponent are needed, not {alpha} and {exponent}")
     at_risk = (gaps > 0).all(1) & distances.isfinite()
     d = distances[:, None]
-    curved = margins.curvatures is not None
-    exponent, own = (2.0, margins.curvatures.double()[:, None] * d.square() / 2) if curved else (exponent, 0.0)
-    scores = ((gaps - d * grad_norms - own) / d**exponent).amin(1).where(at_risk, -torch.inf)
+    scores = ((gaps - d * grad_norms) / d**exponent).amin(1).where(at_risk, -torch.inf)
     slopes = (gaps / d).amin(1).where(at_risk, -torch.inf)
-    t, lipschitz = (q + 1e-6 * abs(q) for q in (_conformal_quantile(s, alpha) for s in (scores, slopes)))  # ties: true
+    t, lipschitz = (_conformal_quantile(s, alpha) * (1 + 1e-6) for s in (scores, slopes))  # ties stay true
     if not lipschitz > 0:
         raise ValueError("too few distances are known: nothing to calibrate with")
     known = distances[at_risk & (distances > 0)]
     limits = math.log10(float(known.min()) / 100), math.log10(float(known.max()))
     eps = torch.logspace(*limits, radii, dtype=d.dtype, device=d.device)
-    omega = (t if curved else max(t, 0.0)) * eps**exponent
+    omega, rivals = max(t, 0.0) * eps**exponent, margins.losses.shape[1]
     settings = margins.norm, margins.topk, margins.loss
-    return Estimate("calibration", *settings, lipschitz, eps, omega, rivals=margins.losses.shape[1], curved=curved)
+    return Estimate("calibration", *settings, lipschitz, eps, omega, rivals=rivals, ahead=margins.ahead)
 
 
 class OmegaStatistics(NamedTuple):

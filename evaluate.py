@@ -67,7 +67,7 @@ AUDIT_SCALES = (0.5, 1.0, 2.0, 4.0)  # times PGD's median distance
 AUDIT_STEPS = (1, 4, 16)
 AUDIT = 550  # calls an image
 SUITES = {"best": attacks.SUITE, "paper": ("pgd", "carlini_wagner", "boundary", "logbarrier")}
-METHODS = {"curved": "curved", "calibration": "calibrated", "ascent": "ascent", "sampling": "sampled"}
+METHODS = {"ahead": "two tangents", "calibration": "calibrated", "ascent": "ascent", "sampling": "sampled"}
 
 
 # --- what is evaluated ------------------------------------------------------------------------------------
@@ -509,9 +509,8 @@ def margins_of(unit: Unit, settings: Settings, images: Tensor, labels: Tensor) -
     wanted = {"probabilities": 1, "logits": min(RIVALS, len(target.classes) - target.topk)}
     for loss, rivals in wanted.items() if settings.calibration else [("probabilities", 1)]:
         how = {"norm": unit.norm, "topk": target.topk, "loss": loss, "rivals": rivals}
-        found = bounds.margins(target.network, images, labels, **how, curvature=loss == "logits")
+        found = bounds.margins(target.network, images, labels, **how, ahead=loss == "logits")
         arrays |= {f"{loss}_losses": numpy(found.losses), f"{loss}_grad_norms": numpy(found.grad_norms)}
-        arrays |= {"logits_curvatures": numpy(found.curvatures)} if loss == "logits" else {}
     return arrays
 
 
@@ -799,7 +798,7 @@ def assemble(target: Target, settings: Settings, world: World) -> Evaluation:
         found["first"] = joined([part for part in parts["evaluation", norm] if "images" in part])
         norms[norm] = Measured(found, audit(joined(parts["audit", norm])), {}, {})
         for method in METHODS:
-            if some := parts["calibration" if method == "curved" else method, norm]:
+            if some := parts["calibration" if method == "ahead" else method, norm]:
                 add_bounds(norms[norm], method, some, norm, target.topk)
     smoothing = {sigma: joined(parts["smoothing", sigma]) for sigma in settings.smoothing}
     return Evaluation(target, settings, norms, smoothing)
@@ -809,25 +808,26 @@ def add_bounds(measured: Measured, method: str, parts: list[Arrays], norm: str, 
     """The bounds of a method on the evaluation images, or why there are none."""
     loss = "probabilities" if method == "sampling" else "logits"
 
-    def margins_in(found: Arrays, rivals: int | None = None) -> bounds.Margins:
-        both = (torch.from_numpy(found[f"{loss}_{what}"])[:, :rivals] for what in ("losses", "grad_norms"))
-        curvatures = torch.from_numpy(found["logits_curvatures"]) if method == "curved" else None
-        return bounds.Margins(*both, norm, topk, loss, curvatures)
+    def margins_in(found: Arrays) -> bounds.Margins:
+        """Of the nearest class alone; calibrated, of all rivals, and with the tangent ahead, the last column."""
+        last = {"ahead": None, "calibration": -1}.get(method, 1)
+        both = (torch.from_numpy(found[f"{loss}_{what}"])[:, :last] for what in ("losses", "grad_norms"))
+        return bounds.Margins(*both, norm, topk, loss, method == "ahead")
 
     try:
         usable = [part for part in parts if "refused" not in part]
         if not usable:
             raise ValueError(str(parts[0]["refused"]))
         found, how = joined(usable), {"norm": norm, "topk": topk, "loss": loss}
-        if method in ("curved", "calibration"):
-            constants = bounds.estimate_by_calibration(margins_in(found), torch.from_numpy(found["distances"]))
+        if method in ("ahead", "calibration"):
+            known, exponent = (margins_in(found), torch.from_numpy(found["distances"])), 2 if method == "ahead" else 1.5
+            constants = bounds.estimate_by_calibration(*known, exponent=exponent)
         elif method == "sampling":
             constants = bounds.fit_maxima(torch.from_numpy(found["maxima"]), torch.from_numpy(usable[0]["eps"]), **how)
         else:  # the suprema are over images: the largest of the parts'
             eps, omega = torch.from_numpy(usable[0]["eps"]), torch.from_numpy(found["omega"]).amax(0)
             constants = bounds.Estimate("ascent", **how, lipschitz=found["lipschitz"].max(), eps=eps, omega=omega)
-        # The constants of the others are those of the nearest class alone.
-        margins = margins_in(measured.found, None if method in ("curved", "calibration") else 1)
+        margins = margins_in(measured.found)
         both = bounds.lipschitz_bound(margins, constants), bounds.omega_bound(margins, constants)
         measured.bounds[method] = Bounds(*both, constants)
     except ValueError as error:

@@ -476,7 +476,7 @@ def error_figure(evaluations: list[Evaluation]) -> Figure | None:
 
 def bounds_figure(evaluations: list[Evaluation]) -> Figure | None:
     """Each image's ω-bound against its distance: above the diagonal the bound is false."""
-    shown = {"sampling": (COLOURS[1], "x"), "curved": (COLOURS[0], "o")}
+    shown = {"sampling": (COLOURS[1], "x"), "ahead": (COLOURS[0], "o")}
     full = [(e, n) for e in evaluations for n in e.norms if shown.keys() & e.norms[n].bounds.keys()]
     if not full:
         return None
@@ -542,11 +542,11 @@ Intervals are 95 %: Clopper-Pearson for percentages, t for means; they speak of 
 training."""
 BOUNDS = """Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than
 the bound says, a lower estimate, as good as the attacks. `calibrated`: the smallest modulus whose bounds are false for
-0.5 % of the images at most, from distances of the calibration images; `curved`: the same, beyond the curvature that
-each image shows on the way to its linearised boundary. `ascent`: the largest values that gradient ascent finds.
-`sampled`: the paper's, from random perturbations and a GEV fit. All its bounds follow from one draw of these, and with
-another seed several times as many can be false: so it has no interval over images. The intervals of the other bounds
-hold for these calibration images."""
+0.5 % of the images at most, from distances of the calibration images; `two tangents`: the same, with the tangent at the
+linearised boundary too. `ascent`: the largest values that gradient ascent finds. `sampled`: the paper's, from random
+perturbations and a GEV fit. All its bounds follow from one draw of these, and with another seed several times as many
+can be false: so it has no interval over images. The intervals of the other bounds hold for these calibration
+images."""
 
 
 def images_csv(evaluation: Evaluation) -> bytes:

@@ -553,11 +553,10 @@ def test_calibration_keeps_its_promise_over_exchangeable_draws():
         gaps[::20, 0], gaps[10::20, 0] = -1, 0  # misclassified, and tied
         distances[::10] = 0
         distances[1::10] = torch.inf  # no adversarial image was found
-        plain = bounds.Margins(-gaps, grads, "l2", 1, "logits")
-        curved = dataclasses.replace(plain, curvatures=2 * torch.rand(2 * n, generator=draw))
+        found = bounds.Margins(-gaps, grads, "l2", 1, "logits")
+        estimate = estimate_by_calibration(found[:n], distances[:n], alpha=alpha)
         row = []
-        for found, bound in ((plain, omega_bound), (plain, lipschitz_bound), (curved, omega_bound)):
-            estimate = estimate_by_calibration(found[:n], distances[:n], alpha=alpha)
+        for bound in (omega_bound, lipschitz_bound):
             own = violations(bound(found[:n], estimate), distances[:n])
             assert own.count <= 2  # floor(0.02 * 150) - 1, exactly the score's rank unless the grid helps
             row.append(violations(bound(found[n:], estimate), distances[n:]).rate)
@@ -586,54 +585,77 @@ def test_calibration_takes_the_smallest_modulus_that_keeps_it():
         estimate_by_calibration(found, torch.full((n,), torch.inf), alpha=0.05)
 
 
-@pytest.mark.parametrize("curvature", [3.0, 0.0])
-def test_the_curvature_of_a_paraboloid_is_its_own_and_its_bounds_are_the_exact_distances(curvature):
-    """Its omega is C r^2 / 2 for every image, so that nothing is left for t; a linear margin has none."""
+@given(seeds, norms)
+def test_the_tangent_ahead_of_a_linear_margin_is_its_own(seed, norm):
+    network, images, labels, gaps, _ = two_class_line(seed)
+    found = margins(network, images, labels, norm=norm, ahead=True)
+    torch.testing.assert_close(found.losses[:, 1], -gaps, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.grad_norms[:, 1], found.grad_norms[:, 0])
+    assert found[3:5].ahead
+    assert torch.equal(found[3:5].losses, found.losses[3:5])
+
+
+def test_the_tangent_ahead_of_a_paraboloid_is_that_of_the_closed_form_and_nearer_to_the_truth():
+    """l = C rho^2 / 2 - depth, linearised at rho, is 0 at rho + gap / (C rho); the tangent there, read at rho."""
+    model, (curvature, depth) = Paraboloid(3.0, 0.3).eval(), (3.0, 0.3)
     images = 0.55 + 0.05 * torch.rand(240, 5, generator=generator(), dtype=torch.float64)
-    labels, radius = torch.zeros(240, dtype=torch.long), (images - 0.5).norm(dim=1)
-    if curvature:
-        model, exact = Paraboloid(curvature, 0.3).eval(), math.sqrt(2 * 0.3 / curvature) - radius
-    else:
-        ones = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 5)
-        model, exact = linear_network(ones, torch.tensor([0.0, -3.5])), (3.5 - images.sum(1)) / math.sqrt(5)
-    found = margins(model, images, labels, norm="l2", curvature=True)
-    torch.testing.assert_close(found.curvatures, torch.full_like(radius, curvature), rtol=1e-6, atol=1e-6)
-    estimate = estimate_by_calibration(found[:200], exact[:200])
-    assert estimate.curved
-    bound = omega_bound(found[200:], estimate)
-    assert (bound <= exact[200:] * (1 + 1e-6)).all()
-    assert bound.mean() > 0.98 * exact[200:].clamp_max(float(exact[:200].max())).mean()
-    assert torch.equal(found[:3].curvatures, found.curvatures[:3])
+    labels, rho = torch.zeros(240, dtype=torch.long), (images - 0.5).norm(dim=1)
+    found, gap = margins(model, images, labels, norm="l2", ahead=True), depth - curvature / 2 * rho**2
+    ahead = rho + gap / (curvature * rho)
+    expected = curvature / 2 * ahead**2 - depth - curvature * ahead * (ahead - rho)
+    torch.testing.assert_close(found.losses[:, 1], expected)
+    torch.testing.assert_close(found.grad_norms[:, 1], curvature * ahead)
+    exact, estimates = math.sqrt(2 * depth / curvature) - rho, -found.losses / found.grad_norms
+    near, far = ((estimates[:, j] - exact).abs() for j in (1, 0))
+    assert (near < far / 2).all()
+    estimate = estimate_by_calibration(found[:200], exact[:200], exponent=2)
+    assert (omega_bound(found[200:], estimate) <= exact[200:] * (1 + 1e-3)).all()
+    labels = torch.ones_like(labels)  # misclassified: the bound stays 0
+    assert (omega_bound(margins(model, images, labels, norm="l2", ahead=True), estimate) == 0).all()
 
 
-def test_curvature_costs_one_more_pass_and_only_its_own_estimate_asks_for_it():
+def test_a_tangent_that_calls_the_image_misclassified_says_nothing():
+    class Bump(nn.Module):
+        """Margin of label 0: -1 + 2 x, up to x = 0.25, and 1 - 8 (x - 0.5) beyond: at 0.5 it falls."""
+
+        def forward(self, x):
+            margin = torch.where(x[:, 0] < 0.25, -1 + 2 * x[:, 0], 1 - 8 * (x[:, 0] - 0.5))
+            return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    found = margins(Bump().eval(), torch.tensor([[0.1]]), torch.tensor([0]), norm="l2", ahead=True)
+    assert found.losses.tolist() == [[pytest.approx(-0.8)] * 2]
+    assert found.grad_norms.tolist() == [[2, 2]]
+
+
+def test_the_tangent_ahead_costs_a_pass_each_way_and_only_its_own_estimate_asks_for_it():
     network, images, labels, _, _ = two_class_line(0, count=200)
     model = Counted(network).eval()
-    found = margins(model, images, labels, norm="linf", curvature=True)
-    assert (model.forwards, model.backwards) == (400, 200)
+    found = margins(model, images, labels, norm="linf", ahead=True)
+    assert (model.forwards, model.backwards) == (400, 400)
     plain = margins(model, images, labels, norm="linf")
-    assert torch.equal(plain.losses, found.losses)
-    assert torch.equal(plain.grad_norms, found.grad_norms)
+    assert torch.equal(plain.losses, found.losses[:, :1])
+    assert torch.equal(plain.grad_norms, found.grad_norms[:, :1])
     distances = (-found.losses / found.grad_norms)[:, 0]
-    curved, calibrated = (estimate_by_calibration(which, distances) for which in (found, plain))
-    torch.testing.assert_close(omega_bound(found, calibrated), omega_bound(plain, calibrated))
-    with pytest.raises(ValueError, match="with their curvature"):
-        omega_bound(plain, curved)
+    more, fewer = (estimate_by_calibration(which, distances) for which in (found, plain))
+    torch.testing.assert_close(omega_bound(found, fewer), omega_bound(plain, fewer))
+    other = dataclasses.replace(found, ahead=False)  # as many columns, of other things
+    with pytest.raises(ValueError, match="with the tangent ahead"):
+        omega_bound(other, more)
 
 
-def test_curvature_is_zero_where_there_is_no_gradient_and_refused_where_logits_are_not_finite():
+def test_the_tangent_ahead_is_known_where_there_is_no_gradient_and_refused_where_logits_are_not_finite():
     flat = Changed(LINE[0], images=lambda x: torch.where(torch.arange(40)[:, None] < 1, x.detach(), x)).eval()
-    found = margins(flat, LINE[1], LINE[2], norm="l2", curvature=True)
-    assert found.curvatures[0] == 0
-    assert found.curvatures.isfinite().all()
+    found = margins(flat, LINE[1], LINE[2], norm="l2", ahead=True)
+    assert found.losses.isfinite().all()
+    assert found.losses[0, 0] == found.losses[0, 1]
     calls = []
 
     def second(z):
         calls.append(1)
-        return z * (math.nan if len(calls) > 1 else 1)
+        return z * (math.nan if len(calls) == 2 else 1)
 
     with pytest.raises(ValueError, match="not finite"):
-        margins(Changed(LINE[0], second).eval(), LINE[1], LINE[2], norm="l2", curvature=True)
+        margins(Changed(LINE[0], second).eval(), LINE[1], LINE[2], norm="l2", ahead=True)
 
 
 def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_probabilities():
