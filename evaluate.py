@@ -50,7 +50,7 @@ import runs
 from gradreg import cross_entropy, direction, input_gradient
 from runs import Failure, Stop, World, read_checkpoint, refuse_if_running, replace, resolve
 
-BLOCK = 100  # images in a part, at most
+BLOCK, VALUES = 100, 25 * 3 * 224**2  # images in a part, and numbers in these, at most: what memory may hold
 PART = 40.0  # seconds that a part takes, at most, at the speed that was measured first
 BUDGET = 400  # calls an image and norm
 RADII = {  # at which errors are reported: those of Tables 1 and 6, and what the 8x8 digits need
@@ -183,6 +183,7 @@ class Target:
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     pace: float = 0.0  # seconds that a call takes
     speed: int = 1  # calls a second by which the work is cut into parts
+    block: int = BLOCK  # images in a part, at most
     undefended: "Target | None" = None  # whose attacks are tried on this one
 
     def __post_init__(self) -> None:
@@ -305,7 +306,7 @@ def prepare(target: Target, settings: Settings, world: World) -> None:
         raise Failure(f"{target.name}: {kind}{error}", 2) from None
     (target.pace,) = world.max(torch.tensor([target.pace]))
     target.speed = world.same(speed_of(target))
-    target.network.most = max(1, min(BLOCK, target.speed // 4))  # about half a second, there and back
+    target.network.most = max(1, min(target.block, target.speed // 4))  # about half a second, there and back
     target.suite = ["boundary"] if target.network.blind else settings.attack  # the others need a gradient
     audited = max(10, int(0.25 * settings.budget * count / AUDIT))
     target.rows["audit"] = order[: min(count, settings.audit_images, audited)]
@@ -319,8 +320,9 @@ def learn(target: Target, settings: Settings, device: torch.device) -> str | Non
     A call takes what it takes in a short attack, on few images first: there may be a hundred in half a second, or one.
     """
     network, how = target.network, {"norm": settings.norm[0], "topk": target.topk}
-    for count in (4, BLOCK):
-        images, labels = target.fetch(target.rows["evaluation"][:count], device)
+    for few in (4, BLOCK):
+        images, labels = target.fetch(target.rows["evaluation"][: min(few, target.block)], device)
+        target.block = max(1, min(BLOCK, VALUES // images[0].numel()))
         warning = models.check_output(network.network, images, len(target.classes))
         attacks.check_model(network, images, labels, topk=target.topk, gradients=False)
         network.try_gradient(images, labels, target.topk)
@@ -385,7 +387,7 @@ def units_of(target: Target, settings: Settings) -> list[Unit]:
         rows, sampling = tuple(target.rows[kind].tolist()), kind == "sampling"
         count = len(rows) and settings.blocks if sampling else len(rows)
         one = Unit(target, kind, norm, 0, rows if sampling else rows[:1], sigma, int(sampling))
-        size = max(1, min(BLOCK, int(PART * target.speed / max(1, one.calls(settings)))))
+        size = max(1, min(target.block, int(PART * target.speed / max(1, one.calls(settings)))))
         for i, start in enumerate(range(0, count, size)):
             some = {"draws": min(size, count - start)} if sampling else {"rows": rows[start : start + size]}
             units.append(one._replace(block=i, **some))

@@ -91,6 +91,10 @@ def claims(model, calibration, check, distances: Tensor, norm: str, seed: int):
         if (rivals, exponent) == (1, 1.5):
             yield f"{row}, L-bound", bounds.lipschitz_bound(found, estimate), rivals
         yield f"{row}, t eps^{exponent:g}", bounds.omega_bound(found, estimate), rivals
+    settings = {"norm": norm, "rivals": 9, "ahead": True}
+    known, found = (bounds.margins(model, *part, **settings) for part in (calibration, check))
+    estimate = bounds.estimate_by_calibration(known, distances, exponent=2)
+    yield "calibration, logits, 9 rivals and the tangent ahead, t eps^2", bounds.omega_bound(found, estimate), 11
 
 
 def redraws(model, calibration, check, distances: Tensor, norm: str, draws: int) -> list[bounds.Violations]:

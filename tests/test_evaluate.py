@@ -886,6 +886,14 @@ def test_a_folder_is_shown_in_the_channels_the_network_takes(here, tmp_path, nam
     assert labels.tolist() == [int(image.mean() > 0.5) for image in images]
 
 
+def test_parts_of_large_images_hold_as_many_numbers_as_memory_may(here, tmp_path):
+    folder(tmp_path, {"dark": 30, "light": 220}, size=500)
+    for size, most in ((64, 100), (224, 25), (448, 6)):
+        asked = settings(dataset=str(tmp_path), size=size, out=tmp_path, images=4)
+        evaluate.prepare(target := evaluate.open_factory(f"{here}/theirs.py:colour", asked), asked, runs.World("cpu"))
+        assert target.block == most
+
+
 def test_large_images_are_shown_at_the_size_asked_for_and_measured_again_at_another(here, tmp_path):
     folder(tmp_path, {"dark": 30, "light": 220}, size=100)
     spec, world = f"{here}/theirs.py:colour", runs.World("cpu")
