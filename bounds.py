@@ -29,14 +29,13 @@ bounds do not change when the logits are multiplied by a constant.
 Estimate on held-out images: on training images the loss is saturated, and everything looks smaller.  Labels may
 be the model's own predictions; the bounds are then on the distance to another prediction.
 
-Left out: moduli of single images (each costs an attack), a modulus for each bin of gradient norms (tighter
-than one ascent for all, but without a guarantee; calibration is tighter still and has one), plots.
+Left out: moduli of single images (each costs an attack), a modulus for each bin of gradient norms (no guarantee).
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -51,7 +50,6 @@ from gradreg import LossFn, Norm, column, dual_norm, gradient, input_gradient, v
 
 Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 Loss = Literal["probabilities", "logits"]
-Progress = Callable[[int, int], None]  # images sent through the model so far, and in all
 
 
 # --- losses and margins ------------------------------------------------------------------------------------
@@ -64,14 +62,36 @@ def margin_loss(logits: Tensor, labels: Tensor, topk: int = 1, *, loss: Loss = "
     logits themselves.  A tie gives 0 and counts as misclassified.  A class whose logit is -inf or very low cannot win
     and changes nothing.  ValueError, in one line, for what are not logits (N, classes > topk) of these labels.
     """
+    return _sound(_margin(logits, labels, topk, loss), labels, lambda x: x, logits)
+
+
+def _margin(logits: Tensor, labels: Tensor, topk: int, loss: Loss) -> Tensor:
+    """`margin_loss`, but NaN for what it refuses of numbers: a loop need not wait for its device at every step."""
     if loss not in ("probabilities", "logits"):
         raise ValueError(f"loss must be probabilities or logits, not {loss!r}")
-    _check_logits(logits, labels, topk)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not (isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(labels) and 1 <= topk < shape[1]):
+        wanted = f"({len(labels)} images, more than {topk} classes)"
+        raise ValueError(f"the model must return logits {wanted}, not {shape}: wrap what returns something else")
+    sound = (logits < torch.inf).all(1) & (labels >= 0) & (labels < shape[1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # differences of 16-bit logits, in 32 bits
-    scores = logits.softmax(dim=1) if loss == "probabilities" else logits
-    label = scores.gather(1, labels[:, None])[:, 0]
-    others = scores.scatter(1, labels[:, None], -torch.inf)
-    return others.topk(topk, dim=1).values[:, -1] - label
+    scores, own = logits.softmax(dim=1) if loss == "probabilities" else logits, labels.clamp(0, shape[1] - 1)[:, None]
+    others = scores.scatter(1, own, -torch.inf)
+    return (others.topk(topk, dim=1).values[:, -1] - scores.gather(1, own)[:, 0]).where(sound, torch.nan)
+
+
+def _sound(values: Tensor, labels: Tensor, model: Model, images: Tensor) -> Tensor:
+    """values that follow from `_margin`.  ValueError where one is NaN."""
+    if values.isnan().any():
+        classes = model(images[:1]).shape[1]
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels must be in 0 .. {classes - 1}, the model's classes")
+        raise ValueError("the logits are not finite (-inf, for a class that cannot win, may be)")
+    return values
+
+
+def _margin_of(model: Model, labels: Tensor, topk: int, loss: Loss) -> LossFn:
+    return lambda x: _margin(model(x), labels, topk, loss)
 
 
 class MaskedGradientsError(ValueError):
@@ -87,6 +107,7 @@ class Margins:
     norm: Norm
     topk: int
     loss: Loss
+    ahead: bool = False
 
     @property
     def zero_gradients(self) -> float:
@@ -95,26 +116,21 @@ class Margins:
 
     def __getitem__(self, index) -> "Margins":
         """The margins of some of the images."""
-        return Margins(self.losses[index], self.grad_norms[index], self.norm, self.topk, self.loss)
+        return replace(self, losses=self.losses[index], grad_norms=self.grad_norms[index])
 
 
 def margins(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    topk: int = 1,
-    loss: Loss = "logits",
-    rivals: int = 1,
-    batch_size: int = 512,
-) -> Margins:
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, loss: Loss = "logits",
+    rivals: int = 1, ahead: bool = False, batch_size: int = 512,
+) -> Margins:  # fmt: skip
     """Losses and gradient norms of each image: one forward pass, and as many backward passes as rivals.
 
     Column j belongs to the class that is (topk + j)-th largest of the others.  One rival is Section 2.  With
     more, a bound is the smallest over the rivals: calibrated, it is much tighter, because the runner-up at x is
-    often not the class that is nearest to x.  Raises ValueError, in one line, for a model in training mode, images
-    outside [0, 1], and whatever else bounds cannot speak about.
+    often not the class that is nearest to x.  With ahead, for a pass more each way, a last column has what the tangent
+    of l at another point says of x: where the linearised margin of the nearest rival is 0.  Where a boundary bends, or
+    is another rival's, that is nearer to the truth.  Raises ValueError, in one line, for a model in training mode,
+    images outside [0, 1], and whatever else bounds cannot speak about.
     """
     _check(model, images, labels)
     losses, norms = [], []
@@ -122,11 +138,30 @@ def margins(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = model(x)
-            columns = [margin_loss(logits, y, topk + j, loss=loss) for j in range(rivals)]
+            columns = [_margin(logits, y, topk + j, loss) for j in range(rivals)]
             grads = [gradient(column, x, retain_graph=True) for column in columns]
-        losses.append(torch.stack(columns, 1).detach())
-        norms.append(torch.stack([dual_norm(grad, norm) for grad in grads], 1))
-    return Margins(torch.cat(losses), torch.cat(norms), norm, topk, loss)
+        known = torch.stack(columns, 1).detach(), torch.stack([dual_norm(grad, norm) for grad in grads], 1)
+        if ahead:
+            more = _tangent_ahead(_margin_of(model, y, topk, loss), x.detach(), *known, torch.stack(grads), norm)
+            known = [torch.cat(both, 1) for both in zip(known, more, strict=True)]
+        losses.append(known[0])
+        norms.append(known[1])
+    losses = _sound(torch.cat(losses), labels, model, images)
+    return Margins(losses, torch.cat(norms), norm, topk, loss, ahead)
+
+
+def _tangent_ahead(loss_fn: LossFn, x, losses, norms, grads, norm: Norm) -> tuple[Tensor, Tensor]:
+    """What l is at x, by its tangent at the nearest point of a linearised boundary, and the norm of that (N, 1) each.
+
+    Where it says that x is misclassified, it says nothing of the distance, and is the nearest rival's column again.
+    """
+    reach, first = (-losses / norms).nan_to_num(0).clamp(0, math.sqrt(x[0].numel())).min(1, keepdim=True)
+    grad = grads[first[:, 0], torch.arange(len(x), device=x.device)]
+    point = (x + column(reach, x) * gradreg.steepest(grad, norm)).clamp(0, 1)
+    there, slope = input_gradient(loss_fn, point)
+    here = (there - (slope * (point - x)).flatten(1).sum(1))[:, None]
+    again, slope = here >= 0, dual_norm(slope, norm)[:, None]
+    return losses.gather(1, first).where(again, here), norms.gather(1, first).where(again, slope)
 
 
 # --- Proposition 2.2 ---------------------------------------------------------------------------------------
@@ -136,8 +171,8 @@ def margins(
 class Estimate:
     """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for one norm, topk and loss.
 
-    calls: images sent forward through the model to get it.  gevs: the fitted distributions, L's and then one
-    for each radius (sampling only).  rivals: how many the bounds must be taken over, at least.
+    gevs: the fitted distributions, L's and then one for each radius (sampling only).  rivals: how many the bounds must
+    be taken over, at least; ahead: and whether over the tangent ahead.
     """
 
     method: str
@@ -147,9 +182,9 @@ class Estimate:
     lipschitz: float
     eps: Tensor
     omega: Tensor
-    calls: int = 0
     gevs: "tuple[GEV, ...]" = ()
     rivals: int = 1
+    ahead: bool = False
 
 
 def lipschitz_bound(margins: Margins, estimate: Estimate) -> Tensor:
@@ -232,73 +267,76 @@ def _check_match(margins: Margins, estimate: Estimate) -> None:
         raise ValueError(f"the margins have the norm, topk and loss {ours}, the estimate has {theirs}")
     if margins.losses.shape[1] < estimate.rivals:
         raise ValueError(f"the estimate holds for margins with {estimate.rivals} rivals or more")
+    if estimate.ahead and not margins.ahead:
+        raise ValueError("the estimate holds for margins with the tangent ahead")
 
 
 # --- estimates of L and omega ------------------------------------------------------------------------------
 
 
 def estimate_by_sampling(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    eps: Tensor | None = None,
-    topk: int = 1,
-    loss: Loss = "probabilities",
-    blocks: int = 100,
-    block_size: int = 64,
-    p: float = 1e-3,
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, eps: Tensor | None = None, topk: int = 1,
+    loss: Loss = "probabilities", blocks: int = 100, block_size: int = 64, p: float = 1e-3,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """The paper's estimate, a quantile of fitted batch maxima: NOT an upper bound, often far below the truth.
 
-    A block is block_size images, drawn with replacement, and a random v for each, uniform in the ball; its maxima are
-    the largest gradient norm, and the largest bracket of (5) at each radius.  A GEV distribution is fitted to the
-    blocks' maxima; L and omega are the values that it exceeds with probability p, and never less than the largest
-    value seen.  The GEV, its likelihood and p are the paper's words; one v an image and block, its law, 100 blocks of
-    64, and that x + v may leave [0, 1], are our reading of one sentence.  Another draw gives another omega, and
-    another share of false bounds: look at several.  `gevs[i].status` says whether a fit is to be trusted.
-    Cost: blocks * block_size * (K + 1) images forward (plus `default_radii` without eps), one in K + 1 backward.
+    That is `fit_maxima` of `sample_maxima`.  The GEV, its likelihood and p are the paper's words; one v an image and
+    block, its law, 100 blocks of 64, and that x + v may leave [0, 1], are our reading of one sentence.  Another draw
+    gives another omega, and another share of false bounds: look at several.  `gevs[i].status` says whether a fit is to
+    be trusted.  Cost: as `sample_maxima`, and `default_radii` without eps.
     """
-    if min(blocks, block_size) < 1 or not 0 < p < 1:
-        raise ValueError(f"blocks of one image or more, and 0 < p < 1: not {blocks} of {block_size} with p = {p}")
+    eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else eps
+    how = {"norm": norm, "topk": topk, "loss": loss}
+    draw = {"eps": eps, "blocks": blocks, "block_size": block_size, "generator": generator}
+    return fit_maxima(sample_maxima(model, images, labels, **how, **draw), eps, **how, p=p)
+
+
+def sample_maxima(
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, eps: Tensor, topk: int = 1,
+    loss: Loss = "probabilities", blocks: int = 100, block_size: int = 64, generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Maxima over blocks (blocks, 1 + K) of gradient norms, and of the bracket of (5) at the radii eps (K,).
+
+    A block is block_size images, drawn with replacement, and a random v for each, uniform in the ball.
+    Cost: blocks * block_size * (K + 1) images forward, one in K + 1 backward.
+    """
+    if min(blocks, block_size) < 1:
+        raise ValueError(f"blocks of one image or more are needed, not {blocks} of {block_size}")
     model, images, eps = _prepare(model, images, labels, eps, norm, topk)
-    maxima, cost = [], block_size * (len(eps) + 1)
-    for block in range(blocks):
+    maxima, radii = [], eps.tolist()
+    for _ in range(blocks):
         index = torch.randint(len(images), (block_size,), generator=generator, device=images.device)
-        x, loss_fn = images[index], _loss_fn(model, labels[index], topk, loss)
+        x, loss_fn = images[index], _margin_of(model, labels[index], topk, loss)
         start, grad = input_gradient(loss_fn, x)
         v = gradreg.uniform_ball(x, norm, generator)
         slope = (v * grad).flatten(1).sum(1)
         with torch.no_grad():
-            brackets = [(loss_fn(x + r * v) - start - r * slope).max() for r in eps.tolist()]  # eq. (5)
+            brackets = [(loss_fn(x + r * v) - start - r * slope).max() for r in radii]  # eq. (5)
         maxima.append(torch.stack([dual_norm(grad, norm).max(), *brackets]))
-        if progress:
-            progress((block + 1) * cost, blocks * cost)
-    gevs = tuple(fit_gev(column) for column in torch.stack(maxima, 1).double().cpu().numpy())
+    return _sound(torch.stack(maxima), labels, model, images)
+
+
+def fit_maxima(
+    maxima: Tensor, eps: Tensor, *, norm: Norm, topk: int = 1, loss: Loss = "probabilities", p: float = 1e-3
+) -> Estimate:
+    """L and omega, which the GEV fitted to block maxima (blocks, 1 + K) exceeds with probability p.
+
+    Never less than the largest value seen.  Raises ValueError for fewer than 5 blocks.
+    """
+    if not 0 < p < 1:
+        raise ValueError(f"0 < p < 1 is needed, not {p}")
+    gevs = tuple(fit_gev(column) for column in maxima.double().T.cpu().numpy())
     lipschitz, *omega = (gev.level(p) for gev in gevs)
-    omega = eps.new_tensor(omega).clamp_min(0)  # v = 0 is in every ball
-    return Estimate("sampling", norm, topk, loss, lipschitz, eps, omega, blocks * cost, gevs)
+    omega = torch.tensor(omega).to(maxima).clamp_min(0)  # v = 0 is in every ball
+    return Estimate("sampling", norm, topk, loss, lipschitz, torch.as_tensor(eps).to(omega), omega, gevs)
 
 
 def estimate_by_ascent(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    eps: Tensor | None = None,
-    topk: int = 1,
-    loss: Loss = "logits",
-    steps: int = 10,
-    restarts: int = 1,
-    known: Sequence[Tensor] = (),
-    batch_size: int = 512,
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, eps: Tensor | None = None, topk: int = 1,
+    loss: Loss = "logits", steps: int = 10, restarts: int = 1, known: Sequence[Tensor] = (), batch_size: int = 512,
     generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """The largest values that gradient ascent finds, among the images that are classified correctly.
 
     The proof of Prop. 2.2 uses (5) only through (6), and adversarial images lie in [0, 1], so it holds with
@@ -315,19 +353,16 @@ def estimate_by_ascent(
     if any(points.shape != images.shape for points in known):
         raise ValueError(f"known points must be like the images, {tuple(images.shape)}")
     model, images, eps = _prepare(model, images, labels, eps, norm, topk)
-    each = len(eps) * (1 + restarts + len(known)) * (steps + 1) + 1
-    found, done = [], 0
+    found = []
     for rows in torch.arange(len(images), device=images.device).split(batch_size):
         points = [adversarial[rows].to(images) - images[rows] for adversarial in known]
-        loss_fn = _loss_fn(model, labels[rows], topk, loss)
+        loss_fn = _margin_of(model, labels[rows], topk, loss)
         found.append(_probe(loss_fn, images[rows], points, eps, norm, steps, restarts, generator))
-        done += len(rows)
-        if progress:
-            progress(done * each, len(images) * each)
     losses, _, slopes, brackets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    _sound(brackets + losses[:, None], labels, model, images)  # a step along NaN is none
     correct = _some(losses < 0)
     lipschitz, omega = float(slopes[correct].max()), brackets[correct].amax(0).to(eps)
-    return Estimate("ascent", norm, topk, loss, lipschitz, eps, omega, len(images) * each)
+    return Estimate("ascent", norm, topk, loss, lipschitz, eps, omega)
 
 
 def estimate_by_calibration(
@@ -361,9 +396,9 @@ def estimate_by_calibration(
     known = distances[at_risk & (distances > 0)]
     limits = math.log10(float(known.min()) / 100), math.log10(float(known.max()))
     eps = torch.logspace(*limits, radii, dtype=d.dtype, device=d.device)
-    omega = max(t, 0.0) * eps**exponent
+    omega, rivals = max(t, 0.0) * eps**exponent, margins.losses.shape[1]
     settings = margins.norm, margins.topk, margins.loss
-    return Estimate("calibration", *settings, lipschitz, eps, omega, rivals=margins.losses.shape[1])
+    return Estimate("calibration", *settings, lipschitz, eps, omega, rivals=rivals, ahead=margins.ahead)
 
 
 class OmegaStatistics(NamedTuple):
@@ -375,23 +410,17 @@ class OmegaStatistics(NamedTuple):
 
 
 def omega_statistics(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: Norm,
-    eps: Sequence[float],
-    topk: int = 1,
-    loss: Loss = "probabilities",
-    steps: int = 3,
-) -> OmegaStatistics:
+    model: Model, images: Tensor, labels: Tensor, *, norm: Norm, eps: Sequence[float], topk: int = 1,
+    loss: Loss = "probabilities", steps: int = 3,
+) -> OmegaStatistics:  # fmt: skip
     """omega' of `estimate_by_ascent` at increasing radii, over all images, correct or not: a cheap indicator.
 
     One ascent from +g, carried on from radius to radius: K (steps + 1) + 1 forward passes of the whole batch.
     """
     model, images, radii = _prepare(model, images, labels, eps, norm, topk)
-    loss_fn = _loss_fn(model, labels, topk, loss)
-    _, grad_norms, _, brackets = _probe(loss_fn, images, [], radii, norm, steps, 0, None)
+    loss_fn = _margin_of(model, labels, topk, loss)
+    losses, grad_norms, _, brackets = _probe(loss_fn, images, [], radii, norm, steps, 0, None)
+    _sound(brackets + losses[:, None], labels, model, images)
     return OmegaStatistics(brackets.amax(0).tolist(), float(grad_norms.mean()), float(grad_norms.max()))
 
 
@@ -418,10 +447,6 @@ def _conformal_quantile(scores: Tensor, alpha: float) -> float:
     if k < 1:
         raise ValueError(f"alpha = {alpha} needs {math.ceil(1 / alpha) - 1} images or more, not {len(scores)}")
     return float(scores.topk(k).values[-1])
-
-
-def _loss_fn(model: Model, labels: Tensor, topk: int, loss: Loss) -> LossFn:
-    return lambda x: margin_loss(model(x), labels, topk, loss=loss)
 
 
 def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk: int) -> tuple[Model, Tensor, Tensor]:
@@ -460,17 +485,6 @@ def _check(model: Model, images: Tensor, labels: Tensor | None = None) -> None:
 def _check_distances(distances: Tensor, n: int) -> None:
     if not n or distances.shape != (n,) or not (distances >= 0).all():
         raise ValueError(f"distances must be {n} numbers of 0 or more, infinite where none is known: one an image")
-
-
-def _check_logits(logits: Tensor, labels: Tensor, topk: int) -> None:
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not (isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(labels) and 1 <= topk < shape[1]):
-        wanted = f"({len(labels)} images, more than {topk} classes)"
-        raise ValueError(f"the model must return logits {wanted}, not {shape}: wrap what returns something else")
-    if not (logits < torch.inf).all():
-        raise ValueError("the logits are not finite (-inf, for a class that cannot win, may be)")
-    if labels.min() < 0 or labels.max() >= shape[1]:
-        raise ValueError(f"labels must be in 0 .. {shape[1] - 1}, the model's classes")
 
 
 # --- gradient ascent on the margin -------------------------------------------------------------------------
@@ -528,36 +542,14 @@ class GEV:
     maxima: np.ndarray
     status: str
 
-    @property
-    def endpoint(self) -> float:
-        """The largest possible value; infinite unless xi < 0."""
-        return self.loc - self.scale / self.xi if self.xi < 0 else math.inf
-
     def quantile(self, p):
         """The value that a maximum exceeds with probability p (float or array): the return level of 1/p blocks."""
-        return self.loc + self.scale * _standard_quantile(p, self.xi)
+        y = -np.log1p(-np.asarray(p, dtype=float))
+        return self.loc + self.scale * scipy.special.boxcox(1 / y, self.xi)  # (y^-xi - 1) / xi
 
     def level(self, p: float) -> float:
         """`quantile(p)`, but never less than the largest value seen."""
         return max(float(self.quantile(p)), float(self.maxima[-1]))
-
-    def interval(self, p: float, level: float = 0.95) -> tuple[float, float]:
-        """Profile-likelihood interval of quantile(p); infinite above when nothing in the sample limits it.
-
-        The values z at which the best log-likelihood under quantile(p) = z is within chi2_1(level) / 2 of the
-        best of all (Coles 2001, Section 2.6.6).
-        """
-        if self.scale == 0:
-            return self.loc, self.loc
-        sample = (self.maxima - self.loc) / self.scale  # the fit has loc 0 and scale 1 in these units
-        centre, ends = float(_standard_quantile(p, self.xi)), []
-        allowed = _negative_log_likelihood([self.xi, 0, 0], sample) + scipy.stats.chi2.ppf(level, 1) / 2
-        excess = lambda z: _profile(z, p, sample, self.xi) - allowed  # noqa: E731
-        for sign in (-1, 1):
-            outside = (z for k in range(-3, 30) if excess(z := centre + sign * 2.0**k) > 0)
-            end = next(outside, sign * math.inf)
-            ends.append(scipy.optimize.brentq(excess, centre, end, rtol=1e-4) if math.isfinite(end) else end)
-        return self.loc + self.scale * ends[0], self.loc + self.scale * ends[1]
 
 
 def fit_gev(maxima) -> GEV:
@@ -589,12 +581,12 @@ def _gumbel(sample: np.ndarray) -> np.ndarray:
     return np.array([0.0, mean - np.euler_gamma * scale, math.log(scale)])
 
 
-def _minimise(objective, start, *args, tol: float = 1e-9):
+def _minimise(objective, start, sample: np.ndarray):
     """Nelder-Mead, and once more from where it stopped: the first simplex sometimes collapses early."""
     for _ in range(2):
         simplex = np.vstack([start, start + 0.1 * np.eye(len(start))])
-        options = {"xatol": tol, "fatol": tol, "maxiter": 4000, "maxfev": 4000, "initial_simplex": simplex}
-        result = scipy.optimize.minimize(objective, start, args, method="Nelder-Mead", options=options)
+        options = {"xatol": 1e-9, "fatol": 1e-9, "maxiter": 4000, "maxfev": 4000, "initial_simplex": simplex}
+        result = scipy.optimize.minimize(objective, start, sample, method="Nelder-Mead", options=options)
         start = result.x
     return result
 
@@ -611,22 +603,6 @@ def _negative_log_likelihood(x, sample: np.ndarray) -> float:
     return min(1e300, len(sample) * log_scale + (1 + xi) * y.sum() + np.exp(np.minimum(-y, 600)).sum())
 
 
-def _standard_quantile(p, xi: float):
-    """The value that the GEV with loc 0 and scale 1 exceeds with probability p: (y^-xi - 1) / xi, y = -log(1 - p)."""
-    return scipy.special.boxcox(-1 / np.log1p(-np.asarray(p, dtype=float)), xi)
-
-
-def _profile(z: float, p: float, sample: np.ndarray, xi: float) -> float:
-    """The smallest negative log-likelihood of the distributions with quantile(p) = z, over xi and log scale."""
-
-    def objective(x) -> float:
-        loc = z - math.exp(min(x[1], 50)) * _standard_quantile(p, x[0])
-        return _negative_log_likelihood([x[0], loc, x[1]], sample)
-
-    starts = [np.array([k, s]) for k in (xi, xi - 0.2, xi + 0.2, 0.0) for s in (-0.3, 0.0, 0.5)]
-    return _minimise(objective, min(starts, key=objective), tol=1e-5).fun
-
-
 # --- randomized smoothing ----------------------------------------------------------------------------------
 
 
@@ -639,17 +615,9 @@ class Certificates(NamedTuple):
 
 
 def certify_smoothing(
-    model: Model,
-    images: Tensor,
-    *,
-    sigma: float,
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 1e-3,
-    batch_size: int = 1000,
-    generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-) -> Certificates:
+    model: Model, images: Tensor, *, sigma: float, n0: int = 100, n: int = 10_000, alpha: float = 1e-3,
+    batch_size: int = 1000, generator: torch.Generator | None = None,
+) -> Certificates:  # fmt: skip
     """The smoothed classifier is constant in each l2 ball returned, with probability 1 - alpha for each image.
 
     That classifier is argmax_c P(model(x + sigma N(0, 1)) = c), and the certificate is about it alone (CERTIFY of
@@ -662,27 +630,29 @@ def certify_smoothing(
     if not (0 < sigma < math.inf and 0 < alpha < 1 and min(n0, n, batch_size) >= 1):
         given = f"{sigma}, {alpha}, {n0}, {n}, {batch_size}"
         raise ValueError(f"sigma > 0, 0 < alpha < 1 and n0, n, batch_size of 1 or more are needed, not {given}")
-    classes, lower = [], []
-    for done, image in enumerate(images, start=1):
-        chosen = int(_count_classes(model, image, n0, sigma, batch_size, generator).argmax())
-        hits = int(_count_classes(model, image, n, sigma, batch_size, generator)[chosen])
-        classes.append(chosen)
-        lower.append(float(scipy.stats.beta.ppf(alpha, hits, n - hits + 1)) if hits else 0.0)
-        if progress:
-            progress(done * (n0 + n), len(images) * (n0 + n))
-    radii = sigma * torch.special.ndtri(torch.tensor(lower, dtype=torch.float64))
+    found = []
+    for image in images:
+        few, many = (_count_classes(model, image, count, sigma, batch_size, generator) for count in (n0, n))
+        chosen = few.argmax(keepdim=True)
+        found.append(torch.cat([chosen, many.gather(0, chosen), few[-1:] + many[-1:]]))
+    classes, hits, unsound = torch.stack(found).cpu().T
+    _sound(torch.where(unsound > 0, torch.nan, 0.0), classes * 0, model, images)
+    lower = np.where(hits > 0, scipy.stats.beta.ppf(alpha, hits, n - hits + 1), 0.0)
+    radii = sigma * torch.special.ndtri(torch.from_numpy(lower))
     cap = sigma * float(scipy.special.ndtri(alpha ** (1 / n)))
-    return Certificates(torch.tensor(classes).where(radii > 0, -1), radii.clamp_min(0), cap)
+    return Certificates(classes.where(radii > 0, -1), radii.clamp_min(0), cap)
 
 
 def _count_classes(model, image: Tensor, n: int, sigma: float, batch_size: int, generator) -> Tensor:
-    """How often each class is predicted for n noisy copies of an image (classes,)."""
-    counts = torch.zeros((), dtype=torch.long)
+    """How often each class is predicted for n noisy copies of an image, and how often none can be (classes + 1,)."""
+    counts = 0
     for done in range(0, n, batch_size):
         shape = (min(batch_size, n - done), *image.shape)
         noise = torch.randn(shape, generator=generator, device=image.device, dtype=image.dtype)
         with torch.no_grad():
             logits = model(image + sigma * noise)
-        _check_logits(logits, torch.zeros(len(noise), dtype=torch.long), 1)
-        counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu()
+        zeros = torch.zeros(len(noise), dtype=torch.long, device=image.device)
+        sound = ~_margin(logits, zeros, 1, "logits").isnan()
+        classes = logits.argmax(1).where(sound, logits.shape[1])
+        counts = counts + zeros.new_zeros(logits.shape[1] + 1).index_add(0, classes, torch.ones_like(zeros))
     return counts

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/digits-none-seed0 runs/digits-fd-l2-lam1-seed0      two runs, side by side
     python evaluate.py model.py:build --data cifar10 --data-dir DIR             a function that returns an nn.Module
+    python evaluate.py model.py:build --data DIR --images 100 --budget 100      a large network, on a laptop
     torchrun --nproc_per_node 4 evaluate.py runs/latest                         the same report, sooner
     python evaluate.py runs/latest --suite paper                                its four attacks, each on every image
     python evaluate.py runs/latest --smoothing 0.25 --smoothing 0.5             and randomized smoothing (Table 5)
@@ -14,24 +15,26 @@ calibration images, from which the bounds' constants are estimated, and evaluati
                 with the share of images on which an adversarial image is nearer than it says ("false")
     audit       does anything suggest that the distances are large only because gradients are masked?
 
-The work is cut into parts, each a pure function of network, images, options and seed, and each is a file that is
-written whole.  So the same command goes on where it was interrupted, any number of processes share the parts, and
-the report is the same, byte for byte (on the CPU, where a process uses one thread: use torchrun for more cores).
+The work is cut into parts of a minute at most, each a pure function of network, images, options and seed, and a file
+that is written whole.  So the same command goes on where it was interrupted, any number of processes share the parts,
+and the report is the same, byte for byte.  A `call` is one image through one forward pass, or one backward pass.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import json
 import math
 import sys
-import timeit
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,65 +50,111 @@ import runs
 from gradreg import cross_entropy, direction, input_gradient
 from runs import Failure, Stop, World, read_checkpoint, refuse_if_running, replace, resolve
 
-BLOCK = 25  # images in a part
+BLOCK, VALUES = 100, 25 * 3 * 224**2  # images in a part, and numbers in these, at most: what memory may hold
+PART = 40.0  # seconds that a part takes, at most, at the speed that was measured first
+BUDGET = 400  # calls an image and norm
 RADII = {  # at which errors are reported: those of Tables 1 and 6, and what the 8x8 digits need
     "l2": {"0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1.0": 1.0, "1.25": 1.25, "1.5": 1.5},
     "linf": {"2_255": 2 / 255, "8_255": 8 / 255, "32_255": 32 / 255},
 }
 OMEGA_RADII = (0.5, 1.0)  # of Table 3, in l2
 SAMPLED = 1000  # images for the paper's estimate, where there are as many
+SAMPLED_RADII = 24
+ASCENT = 64  # calibration images for gradient ascent, and to see around which radii to look
+SHOWN = 10  # images that the figure of adversarial images chooses from
 RIVALS = 9  # classes that the calibrated bound looks at
-AUDIT_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times PGD's median distance
-AUDIT_STEPS = (1, 5, 20, 100)
+AUDIT_SCALES = (0.5, 1.0, 2.0, 4.0)  # times PGD's median distance
+AUDIT_STEPS = (1, 4, 16)
+AUDIT = 550  # calls an image
 SUITES = {"best": attacks.SUITE, "paper": ("pgd", "carlini_wagner", "boundary", "logbarrier")}
-METHODS = {"calibration": "calibrated", "ascent": "ascent", "sampling": "sampled"}
+METHODS = {"ahead": "two tangents", "calibration": "calibrated", "ascent": "ascent", "sampling": "sampled"}
 
 
 # --- what is evaluated ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of the command line, which all networks share."""
+def option(panel: str, text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
 
-    norms: tuple[str, ...]
-    images: int
-    calibration: int
-    seed: int
-    suite: tuple[str, ...]
-    alone: bool  # each attack on every image, in place of the schedule of `attacks.smallest`
-    blocks: int
-    audit: int
-    smoothing: tuple[float, ...]
-    samples: int
-    dataset: str = "digits"  # this and what follows: of the images, and where reports go
-    data_dir: Path | None = None
-    size: int | None = None
-    topk: int | None = None
-    out: Path = Path("evaluations")
+
+IMAGES, WORK, FILES = (functools.partial(option, panel) for panel in ("The images", "What is done", "Where"))
+
+
+@dataclass
+class Settings:
+    """Measure how robust networks are: the paper's tables and figures, and a masking audit."""
+
+    # fmt: off
+    targets: Annotated[list[str], typer.Argument(help="Run directories, or FILE.py:FACTORY (a function that returns an nn.Module for images in [0, 1]).")]
+    dataset: Annotated[str, IMAGES("The images for FILE.py:FACTORY (digits, cifar10, imagenet, or an image folder).", "--data")] = "digits"
+    data_dir: Annotated[Path | None, IMAGES("Where the images are (default: where the run had them; else data).")] = None
+    size: Annotated[int | None, IMAGES("Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1)] = None
+    images: Annotated[int, IMAGES("Images to evaluate; at most half of the test images.", min=2)] = 1000
+    calibration: Annotated[int, IMAGES("Other images, attacked to calibrate the bounds: 199 or more; 0 for no bounds.", min=0)] = 200
+    topk: Annotated[int | None, IMAGES("Count an image as right when its label is in the top K (default 1; imagenet 5).", min=1)] = None
+    seed: Annotated[int, IMAGES("Draws the images, and every random start.", min=0)] = 0
+    norm: Annotated[list[str], WORK("Norms of the attacks: l2, linf.")] = tuple(RADII)
+    budget: Annotated[int | None, WORK(f"Calls that the attacks may spend on an image and norm, forward and backward passes (default {BUDGET}).", min=10)] = None
+    suite: Annotated[Literal["best", "paper"], WORK("best: until two attacks in a row bring an image no nearer.  paper: PGD, Carlini-Wagner, Boundary and LogBarrier, each alone on every image.")] = "best"
+    attack: Annotated[list[str] | None, WORK("Attacks to use, in this order (default: all of the suite).")] = None
+    blocks: Annotated[int, WORK("Blocks for the paper's estimate by sampling, 5 or more; 0: leave it out.", min=0)] = 100
+    audit_images: Annotated[int, WORK("Images for the masking audit, at most: it takes about a quarter of what the attacks may spend.", min=1)] = 100
+    smoothing: Annotated[list[float] | None, WORK("Certify by randomized smoothing with this standard deviation; may be given several times.")] = None
+    samples: Annotated[int, WORK("Noisy copies of an image for --smoothing; the more, the larger the radii that can be certified.", min=100)] = 10_000
+    out: Annotated[Path, FILES("For comparisons, and for FILE.py:FACTORY; a run's own report goes into the run.")] = Path("evaluations")
+    device: Annotated[str | None, FILES("cpu, cuda or cuda:N (default cuda where there is one).")] = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """What is given several times counts once.  Raises Failure for options that mean nothing."""
+        if 0 < self.blocks < 5:
+            raise Failure(f"--blocks must be 0, or 5 or more, not {self.blocks}", 2)
+        if self.suite == "paper" and self.budget:
+            raise Failure("--budget: the attacks of --suite paper run in full; leave one of the two out", 2)
+        self.norm, self.smoothing = list(dict.fromkeys(self.norm)), sorted(set(self.smoothing or ()))
+        if wrong := [sigma for sigma in self.smoothing if not 0 < sigma < math.inf]:
+            raise Failure(f"--smoothing must be positive, not {wrong[0]}", 2)
+        self.attack = list(dict.fromkeys(self.attack or SUITES[self.suite]))
+        for name, known in (("norm", RADII), ("attack", attacks.SUITE)):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise Failure(f"--{name} must be one of {', '.join(known)}, not {min(unknown)}", 2)
+        self.budget = 330 * len(self.attack) if self.suite == "paper" else self.budget or BUDGET
 
 
 class Watched(nn.Module):
-    """A network that tells `watch` how many images go through it; `watch` may raise, to end the work.
+    """A network that tells `watch` of every call, before it; `watch` may raise, to end the work.
 
-    Where no gradient comes through the network (detached, under no_grad, quantised) it is `blind`, and its gradient
-    is zero: whoever asks for it learns that, in place of an error of torch.
+    At most `most` images go through it at once, so that it can be stopped soon.  Where no gradient comes through the
+    network (detached, under no_grad, quantised) it is `blind`, and its gradient is zero: whoever asks for it learns
+    that, in place of an error of torch.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.blind, self.watch = network, False, lambda images: None
+        self.network, self.blind, self.most, self.calls = network, False, BLOCK, 0
+        self.watch: Callable[[int], None] = lambda calls: None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.watch(len(x))
-        if not self.blind:
-            return self.network(x)
-        logits = self.network(x.detach())
-        return logits + (0 * x.flatten(1).sum(1, keepdim=True)).to(logits.dtype)
+        logits = [self.some(part) for part in x.split(self.most)]
+        return torch.cat(logits) if logits[1:] else logits[0]
+
+    def some(self, x: Tensor) -> Tensor:
+        self.count(x)
+        if self.blind:
+            logits = self.network(x.detach())
+            return logits + (0 * x.flatten(1).sum(1, keepdim=True)).to(logits.dtype)
+        if (logits := self.network(x)).requires_grad:
+            logits.register_hook(self.count)
+        return logits
+
+    def count(self, images: Tensor) -> None:
+        """Of images on their way forward, or of gradients on their way back."""
+        self.watch(len(images))
+        self.calls += len(images)
 
     def try_gradient(self, images: Tensor, labels: Tensor, topk: int) -> None:
         """Learn whether it is blind: no gradient of the margin, or a zero one, on all these images."""
-        x = images.clone().requires_grad_()
+        self.blind, x = False, images.clone().requires_grad_()
         try:
             (grad,) = torch.autograd.grad(attacks.margin(self(x), labels, topk).sum(), x)
             self.blind = not grad.any()
@@ -130,9 +179,11 @@ class Target:
     step: int | None = None  # of a run's checkpoint
     seconds: float | None = None
     code: bytes = b""  # of a stranger's network: its forward pass may change while its weights stay
-    suite: tuple[str, ...] = ()  # attacks
+    suite: list[str] = field(default_factory=list)  # attacks
     rows: dict[str, np.ndarray] = field(default_factory=dict)
-    pace: float = 0.0  # seconds that an image takes, forward and backward
+    pace: float = 0.0  # seconds that a call takes
+    speed: int = 1  # calls a second by which the work is cut into parts
+    block: int = BLOCK  # images in a part, at most
     undefended: "Target | None" = None  # whose attacks are tried on this one
 
     def __post_init__(self) -> None:
@@ -147,6 +198,10 @@ class Target:
         """Which weights these are."""
         step = f", step {self.step} of {self.config.get('steps_total', '?')}" if self.config else ""
         return self.fingerprint + step
+
+    @property
+    def speed_file(self) -> Path:
+        return self.path / "parts" / "speed.json"
 
     def fetch(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         return data.fetch(self.source, np.asarray(rows), device)
@@ -173,7 +228,7 @@ def fingerprint(network: nn.Module, code: bytes) -> str:
 
 
 def at_size(source: data.Source, size: int | None) -> data.Source:
-    """The images, shown at `size` pixels a side where they are decoded on demand.  Raises Failure where they are not."""
+    """The images, shown at `size` pixels a side where they are decoded on demand, else Failure."""
     if size and not isinstance(source, data.Files):
         shape = " x ".join(map(str, source.images.shape[2:]))
         raise Failure(f"--size {size}: these images have a size of their own, {shape}; leave it out", 2)
@@ -200,29 +255,28 @@ def open_factory(spec: str, settings: Settings) -> Target:
 
     Images of a folder are shown in colour, or in grey to a network that takes only these.  Raises Failure.
     """
-    network, complaints = None, []
+    network = refused = None
     for channels in (3, 1):
         source, classes = data.load_test(settings.dataset, settings.data_dir, channels=channels)
         source = at_size(source, settings.size)
-        if network is None:
-            network = models.from_file(spec, classes=len(classes), seed=settings.seed).eval()
+        network = network or models.from_file(spec, classes=len(classes), seed=settings.seed).eval()
         images, _ = data.fetch(source, np.arange(min(2, len(source))), torch.device("cpu"))
         try:
             models.check_output(network, images, len(classes))
             break
         except Failure as error:
-            complaints.append(f"{spec}: {error}")
+            refused = refused or Failure(f"{spec}: {error}", 2)
     else:
-        raise Failure(complaints[0], 2)
+        raise refused
     topk, label = settings.topk or (5 if settings.dataset == "imagenet" else 1), models.name_of_spec(spec)
     about = label, network, settings.out / label, Path(settings.dataset).name
     return Target(*about, source, classes, topk, code=models.source_of(spec))
 
 
-def open_targets(specs: list[str], settings: Settings) -> list[Target]:
+def open_targets(settings: Settings) -> list[Target]:
     """The targets, each once, with names that tell them apart.  Raises Failure."""
     targets: list[Target] = []
-    for spec in {str(Path(spec).resolve()): spec for spec in specs}.values():
+    for spec in {str(Path(spec).resolve()): spec for spec in settings.targets}.values():
         path = resolve(Path(spec))
         target = open_run(path, settings) if path.is_dir() else open_factory(spec, settings)
         if twins := sum(other.name.split("#")[0] == target.name for other in targets):
@@ -242,20 +296,53 @@ def prepare(target: Target, settings: Settings, world: World) -> None:
     count = min(settings.images, len(order) // 2)
     calibration = min(settings.calibration, len(order) - count)
     others = order[count : count + (max(calibration, SAMPLED) if calibration else 0)]
-    target.rows = {"evaluation": order[:count], "calibration": others[:calibration], "sampling": others}
+    target.rows = {"evaluation": order[:count], "smoothing": order[:count], "sampling": others}
+    target.rows |= {"calibration": others[:calibration], "ascent": others[: min(ASCENT, calibration)]}
     target.network.to(world.device)
-    images, labels = target.fetch(target.rows["evaluation"][:BLOCK], world.device)
     try:
-        warning = models.check_output(target.network.network, images, len(target.classes))
-        attacks.check_model(target.network, images, labels, topk=target.topk, gradients=False)
-        once = functools.partial(target.network.try_gradient, images, labels, target.topk)
-        target.pace = min(timeit.repeat(once, number=1, repeat=3)) / len(images)  # the first is slow
+        warning = learn(target, settings, world.device)
     except Exception as error:  # a stranger's network may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise Failure(f"{target.name}: {kind}{error}", 2) from None
-    target.suite = ("boundary",) if target.network.blind else settings.suite  # the others need a gradient
+    (target.pace,) = world.max(torch.tensor([target.pace]))
+    target.speed = world.same(speed_of(target))
+    target.network.most = max(1, min(target.block, target.speed // 4))  # about half a second, there and back
+    target.suite = ["boundary"] if target.network.blind else settings.attack  # the others need a gradient
+    audited = max(10, int(0.25 * settings.budget * count / AUDIT))
+    target.rows["audit"] = order[: min(count, settings.audit_images, audited)]
     for note in [*target.source.notes, *filter(None, [warning])]:
         world.console.print(f"warning: {target.name}: {note}")
+
+
+def learn(target: Target, settings: Settings, device: torch.device) -> str | None:
+    """Whether it can be measured, whether gradients come through it, its pace; a warning.  Raises anything.
+
+    A call takes what it takes in a short attack, on few images first: there may be a hundred in half a second, or one.
+    """
+    network, how = target.network, {"norm": settings.norm[0], "topk": target.topk}
+    for few in (4, BLOCK):
+        images, labels = target.fetch(target.rows["evaluation"][: min(few, target.block)], device)
+        target.block = max(1, min(BLOCK, VALUES // images[0].numel()))
+        warning = models.check_output(network.network, images, len(target.classes))
+        attacks.check_model(network, images, labels, topk=target.topk, gradients=False)
+        network.try_gradient(images, labels, target.topk)
+        for _ in range(2):  # the first is slow
+            start, network.calls = time.perf_counter(), 0
+            attacks.fab(network, images, labels, **how, steps=3, targets=0, restarts=0)
+            seconds = time.perf_counter() - start
+        target.pace = seconds / network.calls
+        if seconds > 0.2:
+            break
+    return warning
+
+
+def speed_of(target: Target) -> int:
+    """Calls a second, a power of 2, by which the work is cut into parts: as these weights' first evaluation has it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(target.speed_file.read_text(encoding="utf-8"))
+        if known["network"] == target.fingerprint:
+            return max(1, int(known["calls a second"]))
+    return 2 ** max(0, min(12, int(-math.log2(target.pace))))
 
 
 # --- parts: pure functions of network, images, options and seed -------------------------------------------
@@ -272,41 +359,56 @@ class Unit(NamedTuple):
     block: int
     rows: tuple[int, ...]
     sigma: float = 0.0  # of the noise of randomized smoothing
+    draws: int = 0  # blocks of the paper's estimate
 
     @property
     def file(self) -> Path:
         noise = f"-{self.sigma}" if self.sigma else ""
         return self.target.path / "parts" / f"{self.kind}-{self.norm}{noise}-{self.block:04d}.npz"
 
+    @property
+    def sampled(self) -> int:
+        """Images in a block: few of them, or the same would be the maximum of many blocks, which no GEV fits."""
+        return min(64, max(1, len(self.rows) // 20))
+
+    def calls(self, settings: Settings) -> int:
+        """What it may take; an audit and an ascent, what they take on digits."""
+        if self.kind == "sampling":
+            return self.draws * self.sampled * (SAMPLED_RADII + 4)
+        each = {"evaluation": settings.budget + 35, "calibration": settings.budget + 15, "ascent": 400, "audit": AUDIT}
+        return len(self.rows) * each.get(self.kind, settings.samples)
+
 
 def units_of(target: Target, settings: Settings) -> list[Unit]:
     """Everything that has to be done for a target; the longest parts come first."""
-    rows, units = {kind: found.tolist() for kind, found in target.rows.items()}, []
-    if settings.blocks and rows["sampling"]:
-        units += [Unit(target, "sampling", norm, 0, tuple(rows["sampling"])) for norm in settings.norms]
-    rows |= {"audit": rows["evaluation"][: settings.audit], "smoothing": rows["evaluation"]}
-    wanted = [(kind, norm, 0.0) for norm in settings.norms for kind in ("calibration", "evaluation", "audit")]
+    wanted = [(kind, norm, 0.0) for norm in settings.norm for kind in list(PARTS)[:-1]]
+    units = []
     for kind, norm, sigma in wanted + [("smoothing", "l2", sigma) for sigma in settings.smoothing]:
-        blocks = [tuple(rows[kind][start : start + BLOCK]) for start in range(0, len(rows[kind]), BLOCK)]
-        units += [Unit(target, kind, norm, i, block, sigma) for i, block in enumerate(blocks)]
+        rows, sampling = tuple(target.rows[kind].tolist()), kind == "sampling"
+        count = len(rows) and settings.blocks if sampling else len(rows)
+        one = Unit(target, kind, norm, 0, rows if sampling else rows[:1], sigma, int(sampling))
+        size = max(1, min(target.block, int(PART * target.speed / max(1, one.calls(settings)))))
+        for i, start in enumerate(range(0, count, size)):
+            some = {"draws": min(size, count - start)} if sampling else {"rows": rows[start : start + size]}
+            units.append(one._replace(block=i, **some))
     return units
 
 
 def key_of(unit: Unit, settings: Settings, world: World) -> str:
     """All that a part depends on, in one string: a part with another key is done again."""
     target = unit.target
-    grid = target.rows["calibration"][:64].tolist()  # of the images that `estimated` looks at
-    suite = ("alone", *target.suite) if settings.alone else target.suite
+    attack = {"suite": settings.suite, "attacks": target.suite, "budget": settings.budget}
+    grid = {"grid": target.rows["ascent"].tolist()}
     depends = {
-        "calibration": {"suite": suite, "grid": grid},
-        "evaluation": {"suite": suite},
-        "audit": {"undefended": target.undefended and target.undefended.fingerprint, "logbarrier": "from noise"},
-        "sampling": {"blocks": settings.blocks, "grid": grid},
+        **dict.fromkeys(("calibration", "evaluation"), attack | {"margins": settings.calibration > 0}),
+        "ascent": grid,
+        "audit": {"undefended": target.undefended and target.undefended.fingerprint},
+        "sampling": grid | {"draws": unit.draws},
         "smoothing": {"sigma": unit.sigma, "samples": settings.samples},
     }[unit.kind]
-    depends |= {"format": 1, "kind": unit.kind, "norm": unit.norm, "rows": unit.rows, "seed": settings.seed}
+    depends |= {"format": 2, "kind": unit.kind, "norm": unit.norm, "rows": unit.rows, "seed": settings.seed}
     depends |= {"network": target.fingerprint, "topk": target.topk, "dataset": target.dataset, "code": code()}
-    depends |= {"images": pixels_of(target.source, unit.rows)}
+    depends |= {"images": pixels_of(target.source, unit.rows), "most": target.network.most}
     return json.dumps(depends | {"torch": str(torch.__version__), "device": world.device.type}, sort_keys=True)
 
 
@@ -349,26 +451,41 @@ def compute(unit: Unit, settings: Settings, world: World) -> Arrays:
     generator = torch.Generator(world.device).manual_seed(seed)
     images, labels = unit.target.fetch(unit.rows, world.device)
     try:
-        if unit.kind != "sampling":
-            attacks.check_model(unit.target.network, images, labels, topk=unit.target.topk, gradients=False)
         return PARTS[unit.kind](unit, settings, images, labels, generator)
     except ValueError as error:
         raise Failure(f"{unit.target.name}: {error}", 2) from None
 
 
-def attacked(unit: Unit, alone: bool, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Arrays]:
-    """The nearest adversarial images; their distances, whose they are, and each attack's own if each is alone."""
+def attacked(
+    unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator
+) -> tuple[Tensor, Arrays]:
+    """The nearest adversarial images; their distances, whose they are, and each attack's own if each is alone.
+
+    `calls`: of each attack of SUITE, and beside them, in all (1, attacks + 1).
+    """
     target, how = unit.target, {"norm": unit.norm, "topk": unit.target.topk, "generator": generator}
-    if not alone:
-        found = attacks.smallest(target.network, images, labels, attacks=target.suite, check=False, **how)
+    alone = {"calls": settings.budget} if target.network.blind else {}
+    if settings.suite == "best" and not alone:
+        options = {"attacks": target.suite, "check": False, "budget": settings.budget}
+        found = attacks.smallest(target.network, images, labels, **options, **how)
         arrays = {"distances": numpy(found.distances), "attacks": np.array(found.attacks)}
-        return found.adversarial, arrays | {"calls": np.array(sum(found.calls.values()) * len(images))}
-    each = {name: one_attack(name, target.network, images, labels, **how) for name in target.suite}
+        return found.adversarial, arrays | {"calls": tally(found.calls, len(images))}
+    each, calls = {}, {}
+    for name in target.suite:
+        target.network.calls = 0
+        each[name] = one_attack(name, target.network, images, labels, **how, **alone)
+        calls[name] = target.network.calls
     least, who = torch.stack([distances for _, distances in each.values()]).min(0)
     names = np.array([*each, "clean", "none"])[numpy(who.where(least > 0, -2).where(least.isfinite(), -1))]
     adversarial = torch.stack([x for x, _ in each.values()])[who, torch.arange(len(who), device=who.device)]
     own = {f"distances_{name}": numpy(distances) for name, (_, distances) in each.items()}
-    return adversarial, {"distances": numpy(least), "attacks": names} | own
+    return adversarial, {"distances": numpy(least), "attacks": names, "calls": tally(calls)} | own
+
+
+def tally(calls: dict[str, float], images: int = 1) -> np.ndarray:
+    """Calls by attack, in the order of SUITE, and all others (1, attacks + 1), of so many images each."""
+    others = sum(count for name, count in calls.items() if name not in attacks.SUITE)
+    return images * np.array([[*(calls.get(name, 0) for name in attacks.SUITE), others]])
 
 
 def one_attack(name: str, network: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
@@ -388,65 +505,62 @@ def misclassified(network: nn.Module, x: Tensor, labels: Tensor, topk: int) -> T
         return attacks.margin(network(x), labels, topk) > 0
 
 
-def margins_of(unit: Unit, images: Tensor, labels: Tensor) -> Arrays:
-    """Losses and gradient norms: the paper's loss, and that of the logits with several rivals."""
+def margins_of(unit: Unit, settings: Settings, images: Tensor, labels: Tensor) -> Arrays:
+    """Losses and gradient norms: the paper's loss and, for the bounds, that of the logits with several rivals."""
     target, arrays = unit.target, {}
-    for loss, rivals in (("probabilities", 1), ("logits", min(RIVALS, len(target.classes) - target.topk))):
+    wanted = {"probabilities": 1, "logits": min(RIVALS, len(target.classes) - target.topk)}
+    for loss, rivals in wanted.items() if settings.calibration else [("probabilities", 1)]:
         how = {"norm": unit.norm, "topk": target.topk, "loss": loss, "rivals": rivals}
-        found = bounds.margins(target.network, images, labels, **how, batch_size=BLOCK)
+        found = bounds.margins(target.network, images, labels, **how, ahead=loss == "logits")
         arrays |= {f"{loss}_losses": numpy(found.losses), f"{loss}_grad_norms": numpy(found.grad_norms)}
     return arrays
 
 
 def evaluation_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
     """Distances, who found them, predictions, margins, and in l2 omega of Table 3 by ascent."""
-    target, (adversarial, found) = unit.target, attacked(unit, settings.alone, images, labels, generator)
+    target, (adversarial, found) = unit.target, attacked(unit, settings, images, labels, generator)
     with torch.no_grad():
         logits, moved = target.network(images), target.network(adversarial)
-    arrays = margins_of(unit, images, labels) | found
+    arrays = margins_of(unit, settings, images, labels) | found
     arrays |= {"labels": numpy(labels), "predicted": numpy(logits.argmax(1))}
     arrays["ahead"] = numpy((logits > logits.gather(1, labels[:, None])).sum(1))  # classes before the label
     if unit.norm == "l2":
-        how = {"norm": "l2", "eps": OMEGA_RADII, "topk": target.topk, "steps": 10}
-        arrays["omega"] = np.array(bounds.omega_statistics(target.network, images, labels, **how).omega)
-    if unit.block == 0:  # for the figure
+        how = {"norm": "l2", "eps": OMEGA_RADII, "topk": target.topk, "steps": 3}
+        arrays["omega"] = np.array([bounds.omega_statistics(target.network, images, labels, **how).omega])
+    if unit.rows[0] in target.rows["evaluation"][:SHOWN]:
         arrays |= {"images": numpy(images), "adversarial": numpy(adversarial), "moved": numpy(moved.argmax(1))}
     return arrays
 
 
+def calibration_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
+    """Distances and margins, for estimate_by_calibration."""
+    return margins_of(unit, settings, images, labels) | attacked(unit, settings, images, labels, generator)[1]
+
+
 def estimated(make: Callable, unit: Unit, images: Tensor, labels: Tensor, count: int, **options: Any) -> Arrays:
-    """L and omega at `count` radii around the distances to be expected and at those of Table 3; or why there are none."""
+    """What `make` gives at `count` radii around the distances to be expected and those of Table 3; or why nothing."""
     target, how = unit.target, {"norm": unit.norm, "topk": unit.target.topk}
-    some = target.fetch(target.rows["calibration"][:64], images.device)
+    some = target.fetch(target.rows["ascent"], images.device)
     try:
         radii = bounds.default_radii(target.network, *some, count=count, **how)
-        if not radii.isfinite().all():
-            raise ValueError("gradients are exactly zero: there are no radii to look at")
         eps = torch.cat([radii, radii.new_tensor(OMEGA_RADII if unit.norm == "l2" else ())]).unique()
         found = make(target.network, images, labels, eps=eps, **how, **options)
     except ValueError as error:  # also where, say, no image of the block is classified correctly
         return {"refused": np.array(str(error))}
-    arrays = {name: numpy(getattr(found, name)) for name in ("eps", "omega", "lipschitz")}
-    return arrays | ({"maxima": found.gevs[0].maxima} if found.gevs else {})
+    if isinstance(found, bounds.Estimate):
+        return {"eps": numpy(eps), "omega": numpy(found.omega)[None], "lipschitz": numpy(found.lipschitz)[None]}
+    return {"eps": numpy(eps), "maxima": numpy(found)}
 
 
-def calibration_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
-    """Distances and margins, for estimate_by_calibration, and this block's suprema by ascent."""
-    adversarial, found = attacked(unit, settings.alone, images, labels, generator)
-    arrays = margins_of(unit, images, labels) | {"distances": found["distances"]}
-    how = {"steps": 5, "known": [adversarial], "generator": generator}
-    return arrays | estimated(bounds.estimate_by_ascent, unit, images, labels, 16, **how)
+def ascent_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
+    """The suprema that gradient ascent finds on these images."""
+    return estimated(bounds.estimate_by_ascent, unit, images, labels, 16, steps=5, generator=generator)
 
 
 def sampling_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
-    """The paper's estimate of L and omega, and the maxima it is fitted to.
-
-    A block is a twentieth of the images at most: were it larger, the same few images would be the maximum of many
-    blocks, and no distribution fits that.
-    """
-    size = min(64, max(1, len(images) // 20))
-    how = {"blocks": settings.blocks, "block_size": size, "generator": generator}
-    return estimated(bounds.estimate_by_sampling, unit, images, labels, 24, **how)
+    """Maxima over blocks, to which the paper's estimate of L and omega is fitted."""
+    how = {"blocks": unit.draws, "block_size": unit.sampled, "generator": generator}
+    return estimated(bounds.sample_maxima, unit, images, labels, SAMPLED_RADII, **how)
 
 
 def smoothing_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, generator: Generator) -> Arrays:
@@ -465,13 +579,17 @@ def audit_part(unit: Unit, settings: Settings, images: Tensor, labels: Tensor, g
     def alone(name: str, **options: Any) -> np.ndarray:
         return numpy(one_attack(name, target.network, images, labels, **how, **options)[1])
 
-    arrays = {name: alone(name) for name in ("pgd", "boundary", "logbarrier")}
+    def broken(eps: float, steps: int = 8) -> np.ndarray:
+        return np.isfinite(alone("pgd", eps=eps, steps=steps, targets=0))
+
+    arrays = {"pgd": alone("pgd", steps=10), "boundary": alone("boundary", calls=135)}
+    arrays["logbarrier"] = alone("logbarrier", steps=20)
     known = arrays["pgd"][np.isfinite(arrays["pgd"]) & (arrays["pgd"] > 0)]
     eps = float(np.median(known)) if len(known) else 1.0
     arrays |= slopes(unit, images, labels, 0.05 * eps)
-    arrays["by_eps"] = np.isfinite([alone("pgd", eps=scale * eps) for scale in AUDIT_SCALES])
-    arrays["by_steps"] = np.isfinite([alone("pgd", eps=eps, steps=steps) for steps in AUDIT_STEPS])
-    arrays["whole_box"] = np.isfinite(alone("pgd", eps=1.0 if norm == "linf" else math.sqrt(images[0].numel())))
+    arrays["by_eps"] = np.stack([broken(scale * eps) for scale in AUDIT_SCALES], 1)
+    arrays["by_steps"] = np.stack([broken(eps, steps) for steps in AUDIT_STEPS], 1)
+    arrays["whole_box"] = broken(1.0 if norm == "linf" else math.sqrt(images[0].numel()))
     if target.undefended:
         moved = attacks.pgd(target.undefended.network, images, labels, eps=eps, **how)
         arrays["transferred"] = numpy(misclassified(target.network, moved, labels, target.topk))
@@ -490,11 +608,8 @@ def slopes(unit: Unit, images: Tensor, labels: Tensor, step: float) -> Arrays:
     longest = math.sqrt(images[0].numel()) if unit.norm == "linf" else 1
     with torch.no_grad():
         ahead = margin((images + step * longest * direction(grad, unit.norm)).clamp(0, 1))
-    return {
-        "zero": numpy((grad.flatten(1) == 0).all(1)),
-        "zero_training": numpy((training_grad.flatten(1) == 0).all(1)),
-        "flat": numpy(ahead <= start),
-    }
+    zero, zero_training = (numpy((g.flatten(1) == 0).all(1)) for g in (grad, training_grad))
+    return {"zero": zero, "zero_training": zero_training, "flat": numpy(ahead <= start)}
 
 
 def numpy(values: Any) -> np.ndarray:
@@ -503,77 +618,93 @@ def numpy(values: Any) -> np.ndarray:
     return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
 
 
-MEASURES = (sampling_part, calibration_part, evaluation_part, audit_part, smoothing_part)
+MEASURES = (sampling_part, ascent_part, calibration_part, evaluation_part, audit_part, smoothing_part)
 PARTS: dict[str, Callable[..., Arrays]] = {part.__name__.removesuffix("_part"): part for part in MEASURES}
 
 
 # --- doing them -------------------------------------------------------------------------------------------
 
 
-def passes(unit: Unit, settings: Settings) -> float:
-    """How many images go through the network for a part: about, as on the digits."""
-    suite = 330 * min(5 if settings.alone else 3, len(unit.target.suite))
-    each = {"evaluation": suite + 60, "calibration": suite + 350, "audit": 900, "smoothing": settings.samples}
-    each["sampling"] = 26 * settings.blocks / 20
-    return each[unit.kind] * len(unit.rows)
-
-
 def work(units: list[Unit], settings: Settings, world: World) -> None:
     """Do the parts that are missing, one a process and round.  Raises Failure when a signal asked to stop."""
     keys = [key_of(unit, settings, world) for unit in units]
     missing = [i for i, unit in enumerate(units) if read_part(unit, keys[i]) is None] if world.main else None
-    todo = world.same(missing)
+    todo = [(units[i], keys[i]) for i in world.same(missing)]
     if len(todo) < len(units):
         world.console.print(f"{len(units) - len(todo)} of {len(units)} parts are there already")
-    if todo:
-        seconds = sum(passes(units[i], settings) * units[i].target.pace for i in todo) / world.size
-        world.console.print(f"{len(todo)} parts to do, about {runs.duration(seconds)}")
-    with Stop(world) as stop, runs.progress_bar(world.console, "evaluating", len(todo)) as show:
+    for target in {unit.target.name: unit.target for unit, _ in todo}.values():
+        world.console.print(price([unit for unit, _ in todo if unit.target is target], settings, world))
+    costs = [unit.calls(settings) * unit.target.pace for unit, _ in todo]
+    with Stop(world) as stop, runs.progress_bar(world.console, "evaluating, %", 100) as show:
+        meter = Meter(stop, show, world, sum(costs))
+        for unit in units:
+            unit.target.network.watch = meter
         for first in range(0, len(todo), world.size):
-            for i in todo[first + world.rank : first + world.size][:1]:
-                units[i].target.network.watch = watcher(stop, show, first, world.size, passes(units[i], settings))
+            now = slice(first, first + world.size)
+            for unit, key in todo[now][world.rank :][:1]:
+                meter.begin(sum(costs[:first]), sum(costs[now]), unit.calls(settings))
                 with contextlib.suppress(InterruptedError):  # the part is done again another time
-                    write_part(units[i], keys[i], compute(units[i], settings, world))
+                    write_part(unit, key, compute(unit, settings, world))
             (signum,) = world.max(torch.tensor([stop.signal]))
             if signum:
                 raise Failure("stopped; the same command goes on from here", 128 + int(signum))
-            show(min(first + world.size, len(todo)))
 
 
-def watcher(stop: Stop, show: Callable[[float], None], done: int, size: int, expected: float) -> Callable[[int], None]:
-    """What a network calls for a part: moves the progress within it, and obeys a signal within one pass."""
-    seen = 0
+def price(units: list[Unit], settings: Settings, world: World) -> str:
+    """What the parts of a target will cost, at most, as far as one can tell."""
+    target, calls = units[0].target, sum(unit.calls(settings) for unit in units)
+    images, norms = len(target.rows["evaluation"]), len(settings.norm)
+    each = f"{norms} x {calls / images / norms:,.0f} calls of {1000 * target.pace:.2g} ms"
+    by = f" by {world.size} processes" * (world.size > 1)
+    all_ = runs.duration(calls * target.pace / world.size)
+    return f"{target.name}: about {all_}: {images:,} images, {norms} norms, {each}, in {len(units)} parts{by}"
 
-    def watch(images: int) -> None:
-        nonlocal seen
-        if stop.signal:
+
+class Meter:
+    """What a network calls before each pass: obeys a signal, and moves a bar; without a terminal, a line a minute."""
+
+    def __init__(self, stop: Stop, show: Callable[[float], None], world: World, total: float):
+        self.stop, self.show, self.console, self.total = stop, show, world.console, total
+        self.begun = self.said = time.monotonic()
+
+    def __deepcopy__(self, _: Any) -> "Meter":  # with a network, which bounds may copy to float64
+        return self
+
+    def begin(self, done: float, seconds: float, calls: int) -> None:
+        """A part of so many calls, and others beside it, which take so many seconds, after those that are done."""
+        self.done, self.end, self.each = done, done + seconds, seconds / calls
+
+    def __call__(self, calls: int) -> None:
+        if self.stop.signal:
             raise InterruptedError
-        before, seen = seen, seen + images
-        if int(100 * before / expected) < int(100 * seen / expected) < 100:
-            show(done + size * seen / expected)
-
-    return watch
+        self.done, now = min(self.done + calls * self.each, self.end), time.monotonic()
+        share = self.done / self.total
+        self.show(100 * share)
+        if not self.console.is_terminal and now > self.said + 60:
+            self.said, left = now, runs.duration((now - self.begun) * (1 / share - 1))
+            self.console.print(f"{100 * share:.0f} % done, {left} left")
 
 
 # --- the masking audit (Athalye et al. 2018, Carlini et al. 2019) -----------------------------------------
 
 
 class Verdict(NamedTuple):
-    """One line of the audit: what was looked at, its figure, the limit it has to keep, and whether it does."""
+    """One line of the audit: what was looked at, its figure, and the limit that it has to keep."""
 
     line: str
     figure: float
-    unit: str
-    limit: str
-    passed: bool
+    limit: float
+    unit: str = "%"
+    at: str = "most"  # or "least"
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.figure <= self.limit if self.at == "most" else self.figure >= self.limit)
 
 
-def at_most(line: str, figure: float, limit: float, unit: str = "%") -> Verdict:
-    return Verdict(line, figure, unit, f"at most {limit:g}", bool(figure <= limit))
-
-
-def largest_fall(errors: np.ndarray) -> float:
-    """By how much a sequence that should rise falls below its running maximum."""
+def largest_fall(broken: np.ndarray) -> float:
+    """By how many points an error (images, settings) that should rise falls below its running maximum."""
+    errors = 100 * broken.mean(0)
     return float((np.maximum.accumulate(errors) - errors).max())
 
 
@@ -586,23 +717,21 @@ def ratio_to_pgd(distances: np.ndarray, pgd: np.ndarray) -> np.ndarray:
 
 def audit(found: Arrays) -> list[Verdict]:
     """The verdicts of one target and norm, from the arrays of `audit_part`."""
-    black_box = ratio_to_pgd(found["boundary"], found["pgd"])
-    non_local = float(np.median(ratio_to_pgd(found["logbarrier"], found["pgd"])))
-    error = 100 * float(found["whole_box"].mean())
+    share = {name: 100 * float(found[name].mean()) for name in ("zero", "zero_training", "flat", "whole_box")}
+    black_box, non_local = (ratio_to_pgd(found[name], found["pgd"]) for name in ("boundary", "logbarrier"))
     verdicts = [
-        at_most("gradient of the margin exactly zero", 100 * found["zero"].mean(), 1),
-        at_most("gradient of the cross-entropy exactly zero", 100 * found["zero_training"].mean(), 1),
-        at_most("a step along the gradient does not raise the margin", 100 * found["flat"].mean(), 5),
-        at_most("black-box attack nearer than PGD by 5 %", 100 * float((black_box < 0.95).mean()), 10),
-        Verdict("non-local attack's distance over PGD's, median", non_local, "", "at least 0.9", non_local >= 0.9),
-        Verdict("error under PGD in the whole box", error, "%", "at least 100", error == 100),
-        at_most("error falls as eps grows", largest_fall(100 * found["by_eps"].mean(1)), 5, "points"),
-        at_most("error falls with more steps", largest_fall(100 * found["by_steps"].mean(1)), 5, "points"),
+        Verdict("gradient of the margin exactly zero", share["zero"], 1),
+        Verdict("gradient of the cross-entropy exactly zero", share["zero_training"], 1),
+        Verdict("a step along the gradient does not raise the margin", share["flat"], 5),
+        Verdict("black-box attack nearer than PGD by 5 %", 100 * float((black_box < 0.95).mean()), 10),
+        Verdict("non-local attack's distance over PGD's, median", float(np.median(non_local)), 0.9, "", "least"),
+        Verdict("error under PGD in the whole box", share["whole_box"], 100, "%", "least"),
+        Verdict("error falls as eps grows", largest_fall(found["by_eps"]), 5, "points"),
+        Verdict("error falls with more steps", largest_fall(found["by_steps"]), 5, "points"),
     ]
     if "transferred" in found:
-        white_box = found["by_eps"][AUDIT_SCALES.index(1.0)]
-        excess = 100 * float(found["transferred"].mean() - white_box.mean())
-        verdicts.append(at_most("attacks on the undefended network do better than its own by", excess, 0, "points"))
+        more = 100 * float(found["transferred"].mean() - found["by_eps"][:, AUDIT_SCALES.index(1.0)].mean())
+        verdicts.append(Verdict("attacks on the undefended network do better than its own by", more, 0, "points"))
     return verdicts
 
 
@@ -623,7 +752,6 @@ class Measured:
 
     found: Arrays  # evaluation_part's, over all images
     verdicts: list[Verdict]
-    gev: bounds.GEV | None
     bounds: dict[str, Bounds]
     refused: dict[str, str]  # method -> why there is no bound
 
@@ -656,149 +784,99 @@ class Evaluation:
 
 
 def joined(parts: list[Arrays]) -> Arrays:
-    """Each array over all parts; along the images, which are the last axis of the audit's and else the first."""
+    """Each array that all parts have, over all of them."""
     names = set.intersection(*(set(part) for part in parts)) if parts else set()
-    axis = {"by_eps": 1, "by_steps": 1}
-    return {n: np.concatenate([np.atleast_1d(p[n]) for p in parts], axis.get(n, 0)) for n in sorted(names - {"key"})}
+    return {name: np.concatenate([np.atleast_1d(part[name]) for part in parts]) for name in sorted(names - {"key"})}
 
 
 def assemble(target: Target, settings: Settings, world: World) -> Evaluation:
     """An evaluation from its parts, which must all be there."""
-    parts: dict[tuple[str, str | float], list[Arrays]] = {}
+    parts: dict[tuple[str, str | float], list[Arrays]] = collections.defaultdict(list)
     for unit in units_of(target, settings):
-        part = read_part(unit, key_of(unit, settings, world))
-        parts.setdefault((unit.kind, unit.sigma or unit.norm), []).append(part)
+        parts[unit.kind, unit.sigma or unit.norm].append(read_part(unit, key_of(unit, settings, world)))
     norms = {}
-    for norm in settings.norms:
-        found = joined(parts["evaluation", norm]) | {"first": parts["evaluation", norm][0]}
-        if norm == "l2":
-            found["omega"] = found["omega"].reshape(-1, len(OMEGA_RADII)).max(0)
-        sampled = parts.get(("sampling", norm), [])
-        gev = bounds.fit_gev(sampled[0]["maxima"]) if sampled and "maxima" in sampled[0] else None
-        norms[norm] = Measured(found, audit(joined(parts["audit", norm])), gev, {}, {})
-        add_bounds(norms[norm], parts.get(("calibration", norm), []), sampled, norm, target.topk)
+    for norm in settings.norm:
+        found = joined(parts["evaluation", norm])
+        found["first"] = joined([part for part in parts["evaluation", norm] if "images" in part])
+        norms[norm] = Measured(found, audit(joined(parts["audit", norm])), {}, {})
+        for method in METHODS:
+            if some := parts["calibration" if method == "ahead" else method, norm]:
+                add_bounds(norms[norm], method, some, norm, target.topk)
     smoothing = {sigma: joined(parts["smoothing", sigma]) for sigma in settings.smoothing}
     return Evaluation(target, settings, norms, smoothing)
 
 
-def margins_in(found: Arrays, loss: str, norm: str, topk: int, rivals: int | None = None) -> bounds.Margins:
-    """Those of the nearest `rivals` classes, of all without that."""
-    both = (torch.from_numpy(found[f"{loss}_{what}"])[:, :rivals] for what in ("losses", "grad_norms"))
-    return bounds.Margins(*both, norm, topk, loss)
+def add_bounds(measured: Measured, method: str, parts: list[Arrays], norm: str, topk: int) -> None:
+    """The bounds of a method on the evaluation images, or why there are none."""
+    loss = "probabilities" if method == "sampling" else "logits"
 
+    def margins_in(found: Arrays) -> bounds.Margins:
+        """Of the nearest class alone; calibrated, of all rivals, and with the tangent ahead, the last column."""
+        last = {"ahead": None, "calibration": -1}.get(method, 1)
+        both = (torch.from_numpy(found[f"{loss}_{what}"])[:, :last] for what in ("losses", "grad_norms"))
+        return bounds.Margins(*both, norm, topk, loss, method == "ahead")
 
-def add_bounds(measured: Measured, calibration: list[Arrays], sampled: list[Arrays], norm: str, topk: int) -> None:
-    """The bounds of each method that was asked for, on the evaluation images, or why there are none."""
-    makers = [("calibration", calibration, "logits"), ("ascent", calibration, "logits")]
-    makers += [("sampling", sampled, "probabilities")]
-    for method, parts, loss in [maker for maker in makers if maker[1]]:
-        try:
-            if method == "calibration":
-                found = joined(parts)
-                known, distances = margins_in(found, loss, norm, topk), torch.from_numpy(found["distances"])
-                constants = bounds.estimate_by_calibration(known, distances)
-            else:
-                constants = estimate_in(parts, method, loss, norm, topk)
-            # Unlike the calibrated, the other constants are those of the nearest class alone.
-            margins = margins_in(measured.found, loss, norm, topk, None if method == "calibration" else 1)
-            both = bounds.lipschitz_bound(margins, constants), bounds.omega_bound(margins, constants)
-            measured.bounds[method] = Bounds(*both, constants)
-        except ValueError as error:
-            measured.refused[method] = str(error)
-
-
-def estimate_in(parts: list[Arrays], method: str, loss: str, norm: str, topk: int) -> bounds.Estimate:
-    """The blocks' suprema are maxima over images: theirs is the maximum over the blocks."""
-    usable = [part for part in parts if "refused" not in part]
-    if not usable:
-        raise ValueError(str(parts[0]["refused"]))
-    omega, lipschitz = (np.max([part[name] for part in usable], axis=0) for name in ("omega", "lipschitz"))
-    eps = torch.from_numpy(usable[0]["eps"])
-    return bounds.Estimate(method, norm, topk, loss, float(lipschitz), eps, torch.from_numpy(omega))
+    try:
+        usable = [part for part in parts if "refused" not in part]
+        if not usable:
+            raise ValueError(str(parts[0]["refused"]))
+        found, how = joined(usable), {"norm": norm, "topk": topk, "loss": loss}
+        if method in ("ahead", "calibration"):
+            known, exponent = (margins_in(found), torch.from_numpy(found["distances"])), 2 if method == "ahead" else 1.5
+            constants = bounds.estimate_by_calibration(*known, exponent=exponent)
+        elif method == "sampling":
+            constants = bounds.fit_maxima(torch.from_numpy(found["maxima"]), torch.from_numpy(usable[0]["eps"]), **how)
+        else:  # the suprema are over images: the largest of the parts'
+            eps, omega = torch.from_numpy(usable[0]["eps"]), torch.from_numpy(found["omega"]).amax(0)
+            constants = bounds.Estimate("ascent", **how, lipschitz=found["lipschitz"].max(), eps=eps, omega=omega)
+        margins = margins_in(measured.found)
+        both = bounds.lipschitz_bound(margins, constants), bounds.omega_bound(margins, constants)
+        measured.bounds[method] = Bounds(*both, constants)
+    except ValueError as error:
+        measured.refused[method] = str(error)
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
 
-def make_directory(path: Path) -> None:
-    """Make the directory, if need be, and try it out.  Raises Failure."""
+def make_directories(targets: list[Target], together: Path) -> None:
+    """Make those that will be written to, and try them out.  Raises Failure."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        replace(path / ".writable", b"", sync=False)
-        (path / ".writable").unlink()
+        for target in targets:
+            target.speed_file.parent.mkdir(parents=True, exist_ok=True)
+            speed = {"network": target.fingerprint, "calls a second": target.speed}
+            replace(target.speed_file, json.dumps(speed).encode())
+        together.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"{path}: cannot write there ({error.strerror})", 2) from None
+        raise Failure(f"{error.filename or together}: cannot write there ({error.strerror})", 2) from None
 
 
-def shortened(name: str) -> str:
-    """A name that a file may have, still different for different names."""
-    return name if len(name) <= 200 else f"{name[:190]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def set_precision(device: torch.device) -> None:
-    """One thread a process and full precision, so that neither the processes nor the batches change a result."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-
-
-def option(panel: str, text: str, **limits: float) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, **limits)
-
-
-IMAGES, WORK, FILES = "The images", "What is done", "Where"
-
-
-# fmt: off
-def main(
-    targets: Annotated[list[str], typer.Argument(help="Run directories, or FILE.py:FACTORY (a function that returns an nn.Module for images in [0, 1]).")],
-    dataset: Annotated[str, typer.Option("--data", help="The images for FILE.py:FACTORY (digits, cifar10, imagenet, or an image folder).", rich_help_panel=IMAGES)] = "digits",
-    data_dir: Annotated[Path | None, option(IMAGES, "Where the images are (default: where the run had them; else data).")] = None,
-    size: Annotated[int | None, option(IMAGES, "Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1)] = None,
-    images: Annotated[int, option(IMAGES, "Images to evaluate; at most half of the test images.", min=2)] = 1000,
-    calibration: Annotated[int, option(IMAGES, "Other images, attacked to calibrate the bounds: 199 or more; 0 for no bounds.", min=0)] = 200,
-    topk: Annotated[int | None, option(IMAGES, "Count an image as right when its label is in the top K (default 1; imagenet 5).", min=1)] = None,
-    seed: Annotated[int, option(IMAGES, "Draws the images, and every random start.", min=0)] = 0,
-    norm: Annotated[list[str], option(WORK, "Norms of the attacks: l2, linf.")] = ["l2", "linf"],  # noqa: B006
-    suite: Annotated[str, option(WORK, "best: until two attacks in a row bring an image no nearer.  paper: PGD, Carlini-Wagner, Boundary and LogBarrier, each alone on every image.")] = "best",
-    attack: Annotated[list[str] | None, option(WORK, "Attacks to use, in this order (default: all of the suite).")] = None,
-    blocks: Annotated[int, option(WORK, "Blocks for the paper's estimate by sampling, 5 or more; 0: leave it out.", min=0)] = 100,
-    audit_images: Annotated[int, option(WORK, "Images for the masking audit.", min=1)] = 100,
-    smoothing: Annotated[list[float] | None, option(WORK, "Certify by randomized smoothing with this standard deviation; may be given several times.")] = None,
-    samples: Annotated[int, option(WORK, "Noisy copies of an image for --smoothing; the more, the larger the radii that can be certified.", min=100)] = 10_000,
-    out: Annotated[Path, option(FILES, "For comparisons, and for FILE.py:FACTORY; a run's own report goes into the run.")] = Path("evaluations"),
-    device: Annotated[str | None, option(FILES, "cpu, cuda or cuda:N (default cuda where there is one).")] = None,
-) -> None:
-    """Measure how robust networks are: the paper's tables and figures, and a masking audit."""
-    # fmt: on
-    if 0 < blocks < 5:
-        raise Failure(f"--blocks must be 0, or 5 or more, not {blocks}", 2)
-    sigmas = tuple(sorted(set(smoothing or ())))
-    if wrong := [sigma for sigma in sigmas if not 0 < sigma < math.inf]:
-        raise Failure(f"--smoothing must be positive, not {wrong[0]}", 2)
-    norms, names = tuple(dict.fromkeys(norm)), tuple(dict.fromkeys(attack or SUITES.get(suite, ())))
-    for name, given, known in (("suite", {suite}, SUITES), ("attack", names, attacks.SUITE), ("norm", norms, RADII)):
-        if unknown := set(given) - set(known):
-            raise Failure(f"--{name} must be one of {', '.join(known)}, not {min(unknown)}", 2)
-    options = images, calibration, seed, names, suite == "paper", blocks, audit_images, sigmas, samples
-    settings = Settings(norms, *options, dataset, data_dir, size, topk, out)
+def main(**options: Any) -> None:
+    """What `Settings` says."""
+    settings = Settings(**options)
     import report  # here, since it imports this module
 
-    with contextlib.closing(World(device)) as world:
-        set_precision(world.device)
-        opened = open_targets(targets, settings)
+    with contextlib.closing(World(settings.device)) as world:
+        # One thread a process and full precision: neither the processes nor the batches change a result.
+        torch.set_num_threads(1 if world.device.type == "cpu" else torch.get_num_threads())
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        opened = open_targets(settings)
         for target in opened:
             prepare(target, settings, world)
             report.introduce(target, settings, world.console)
-        together = out / shortened("_vs_".join(target.name for target in opened)) if opened[1:] else opened[0].path
+        name = "_vs_".join(target.name for target in opened)
+        if len(name) > 200:  # more than a file may have; still different for different names
+            name = f"{name[:190]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        together = settings.out / name if opened[1:] else opened[0].path
         if world.main:
-            for path in (together, *(target.path / "parts" for target in opened)):
-                make_directory(path)
+            make_directories(opened, together)
         work([unit for target in opened for unit in units_of(target, settings)], settings, world)
         if world.main:
             report.publish([assemble(target, settings, world) for target in opened], together, world)
 
+
+main.__signature__, main.__doc__ = inspect.signature(Settings), Settings.__doc__
 
 if __name__ == "__main__":
     sys.modules["evaluate"] = sys.modules["__main__"]  # one module, also for report.py, which imports evaluate

@@ -258,10 +258,12 @@ def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Te
     else:
         delta = _project_l1(delta.flatten(1).double(), radius).view_as(x).to(x)
     x = (images + delta).clamp(0, 1)
-    share = torch.finfo(x.dtype).eps
-    while share <= 1 and (beyond := vector_norm(x.double() - images.double(), norm) > radius).any():
+    share, beyond = torch.finfo(x.dtype).eps, vector_norm(x.double() - images.double(), norm) > radius
+    while share <= 1:
         x = torch.where(column(beyond, x), torch.nextafter(x.lerp(images, share), images), x)
-        share *= 2
+        share, beyond = 2 * share, vector_norm(x.double() - images.double(), norm) > radius
+        if not beyond.any():  # as a rule after the first share: one look at the device a call
+            break
     return x
 
 

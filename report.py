@@ -3,8 +3,6 @@
 Every percentage has a 95 % Clopper-Pearson interval, every mean a t interval; differences between two networks are
 paired, on the same images.  These intervals speak of the draw of the images, not of the seed of the training; and
 what follows from one random estimate of the constants (`sampled`) has none, since one draw has no spread.
-
-Columns and tables in which nothing would stand are left out.  A value is of one norm, and so is its column.
 """
 
 import contextlib
@@ -267,8 +265,10 @@ def figures_of(evaluation: Evaluation, norm: str, method: str | None) -> Row:
     row |= {f"empirical_error_pct_{name}": percent(distances <= r) for name, r in RADII[norm].items()}
     row |= {"mean_distance_empirical": mean(distances, 0.0), "median_distance": float(np.median(distances))}
     row |= {"found_by_%": ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)}
-    calls = float(np.sum(measured.found.get("calls", np.nan)))  # not counted where each attack was alone
-    row |= {"calls_an_image": calls / len(names), "training": training_of(target)}
+    calls = measured.found["calls"].sum(0) / len(names)
+    pairs = zip((*attacks.SUITE, "checks"), calls, strict=True)
+    row |= {"calls_an_image": float(calls.sum()), "training": training_of(target)}
+    row["spent_on"] = ", ".join(f"{who} {n:.0f}" for who, n in pairs if n)
     for kind, bound in zip(("L", "omega"), measured.bounds.get(method, ()), strict=False):
         false = worth(bound, measured)
         found = {f"{kind}_error_pct_{name}": percent(bound.numpy() < r) for name, r in RADII[norm].items()}
@@ -281,7 +281,7 @@ def figures_of(evaluation: Evaluation, norm: str, method: str | None) -> Row:
 
 def regularity_of(measured: Measured, method: str | None) -> Row:
     """Of the margin of the probabilities: gradient norms, and omega as ascent found it, or as it was sampled."""
-    norms, omega = measured.found["probabilities_grad_norms"][:, 0], measured.found["omega"]
+    norms, omega = measured.found["probabilities_grad_norms"][:, 0], measured.found["omega"].max(0)
     row: Row = {"estimate": "largest found by ascent", "grad_norm_mean": mean(norms, 0.0)}
     row["grad_norm_max"] = float(norms.max())
     if method == "sampling":
@@ -341,7 +341,7 @@ def table_5(evaluations: list[Evaluation]) -> Table:
 
 def summary_table(evaluations: list[Evaluation]) -> Table:
     """What was measured, a network a line: what the terminal shows."""
-    each = f"*_empirical median_distance {ERRORS} mean*_omega_bound {FALSE} bound found_by_% calls_an_image"
+    each = f"*_empirical median_distance {ERRORS} mean*_omega_bound {FALSE} bound found_by_% calls_an_image spent_on"
     rows, wanted = [], ["model", "clean_error_pct", "top-?_error_pct"]
     for evaluation in evaluations:
         ahead, classes = evaluation.first["ahead"], len(evaluation.target.classes)
@@ -400,10 +400,11 @@ def audit_table(evaluations: list[Evaluation]) -> Table:
     for evaluation in evaluations:
         for norm, measured in evaluation.norms.items():
             for verdict in measured.verdicts:
-                row = rows.setdefault(verdict.line, {"line": verdict.line, "limit": f"{verdict.limit} {verdict.unit}"})
-                said = f"{'pass' if verdict.passed else 'FAIL'} {number(verdict.figure)}"
-                row[f"{evaluation.target.name}, {norm}"] = said
-    n = min(evaluations[0].settings.audit, len(evaluations[0].wrong))
+                row = rows.setdefault(verdict.line, {"line": verdict.line})
+                row["limit"] = f"at {verdict.at} {verdict.limit:g} {verdict.unit}"
+                said = "pass" if verdict.passed else "FAIL"
+                row[f"{evaluation.target.name}, {norm}"] = f"{said} {number(verdict.figure)}"
+    n = len(evaluations[0].target.rows["audit"])
     return Table("audit", f"Masking audit, {n} images", list(rows.values()), named=True)
 
 
@@ -475,7 +476,7 @@ def error_figure(evaluations: list[Evaluation]) -> Figure | None:
 
 def bounds_figure(evaluations: list[Evaluation]) -> Figure | None:
     """Each image's ω-bound against its distance: above the diagonal the bound is false."""
-    shown = {"sampling": (COLOURS[1], "x"), "calibration": (COLOURS[0], "o")}
+    shown = {"sampling": (COLOURS[1], "x"), "ahead": (COLOURS[0], "o")}
     full = [(e, n) for e in evaluations for n in e.norms if shown.keys() & e.norms[n].bounds.keys()]
     if not full:
         return None
@@ -496,30 +497,6 @@ def bounds_figure(evaluations: list[Evaluation]) -> Figure | None:
         axis.set(ylabel="ω-bound, pixels")
         axis.set_title(evaluation.target.name, fontsize=10)
         axis.legend(fontsize=8, loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
-    return figure
-
-
-def gev_figure(evaluations: list[Evaluation]) -> Figure | None:
-    """Return levels of the largest gradient norm of a block, with the 95 % interval at p = 0.001."""
-    norms = [n for n in evaluations[0].norms if any(e.norms[n].gev for e in evaluations)]
-    if not norms:
-        return None
-    figure, axes = panels(len(norms))
-    for axis, norm in zip(axes[0], norms, strict=True):
-        fits = [(e.target.name, e.norms[norm].gev, COLOURS[i % len(COLOURS)]) for i, e in enumerate(evaluations)]
-        for name, gev, colour in [fit for fit in fits if fit[1]]:
-            n, periods = len(gev.maxima), np.logspace(math.log10(1.05), 3, 200)
-            label = f"{name}, ξ = {gev.xi:.2f}" + (f" ({gev.status})" if gev.status != "ok" else "")
-            axis.plot(periods, gev.quantile(1 / periods), color=colour, label=label)
-            axis.plot((n + 1) / np.arange(n, 0, -1), gev.maxima, ".", color=colour, markersize=4)
-            low, high = gev.interval(0.001)
-            ends = [max(low, gev.maxima[0]), high if math.isfinite(high) else 2 * gev.level(0.001)]
-            axis.plot([1000, 1000], ends, color=colour, linewidth=2.5, alpha=0.5, solid_capstyle="butt")
-        axis.set(xscale="log", yscale="log", xlabel="return period, blocks")
-        axis.set(ylabel=f"largest gradient norm, {NORM_NAMES[norm]} attacks")
-        smallest = min(gev.maxima[0] for _, gev, _ in fits if gev)
-        axis.set_ylim(bottom=0.7 * smallest if smallest > 0 else None)
-        axis.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
@@ -565,10 +542,11 @@ Intervals are 95 %: Clopper-Pearson for percentages, t for means; they speak of 
 training."""
 BOUNDS = """Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than
 the bound says, a lower estimate, as good as the attacks. `calibrated`: the smallest modulus whose bounds are false for
-0.5 % of the images at most, from distances of the calibration images. `ascent`: the largest values that gradient ascent
-finds. `sampled`: the paper's, from random perturbations and a GEV fit. All its bounds follow from one draw of these,
-and with another seed several times as many can be false: so it has no interval over images. The intervals of the other
-bounds hold for these calibration images."""
+0.5 % of the images at most, from distances of the calibration images; `two tangents`: the same, with the tangent at the
+linearised boundary too. `ascent`: the largest values that gradient ascent finds. `sampled`: the paper's, from random
+perturbations and a GEV fit. All its bounds follow from one draw of these, and with another seed several times as many
+can be false: so it has no interval over images. The intervals of the other bounds hold for these calibration
+images."""
 
 
 def images_csv(evaluation: Evaluation) -> bytes:
@@ -658,18 +636,15 @@ def write_report(evaluations: list[Evaluation], path: Path, world: World) -> Non
     tables = tables_of(evaluations)
     figures = {"errors": error_figure(evaluations), "bounds": bounds_figure(evaluations)}
     figures |= {f"adversarial-{norm}": adversarial_figure(evaluations, norm) for norm in evaluations[0].norms}
-    figures |= {"gev": gev_figure(evaluations)}
     figures = {name: figure for name, figure in figures.items() if figure}
     captions = {
         "errors": "Error against distance, 95 % bands (the paper's Figures 1, 2 on a linear axis); dashed, a bound's.",
         "bounds": "ω-bound against distance, an image a point. Above the diagonal the bound is false.",
-        "gev": "Return levels of the largest gradient norm in a block; bars, 95 % intervals at p = 0.001.",
     }
     parts = [preamble(evaluations, world), markdown(tables[0].turned), *map(markdown, tables[1:])]
     for name, figure in figures.items():
         replace(path / f"{name}.png", png(figure))
-        caption = captions.get(name, "The nearest adversarial images found.")
-        parts.append(f"![{name}]({name}.png)\n\n{caption}\n")
+        parts.append(f"![{name}]({name}.png)\n\n{captions.get(name, 'The nearest adversarial images found.')}\n")
     ours = {*(f"{name}.png" for name in figures), *(f"{table.name}.csv" for table in tables)}
     for kind in ("*.png", "table?.csv", "differences.csv", "bounds*.csv", "attacks-*.csv", "distances.csv"):
         for old in path.glob(kind):

@@ -70,12 +70,14 @@ def split(seed: int) -> list[tuple[Tensor, Tensor]]:
 
 def claims(model, calibration, check, distances: Tensor, norm: str, seed: int):
     """Every estimator's bounds on the checked images, and the calls it cost per calibration image."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, forwards = torch.Generator().manual_seed(seed), []
     for name, loss in (("sampling", "probabilities"), ("ascent", "probabilities"), ("ascent", "logits")):
         estimate_by = bounds.estimate_by_sampling if name == "sampling" else bounds.estimate_by_ascent
-        estimate = estimate_by(model, *calibration, norm=norm, loss=loss, generator=generator)
+        before = sum(forwards)
+        with model.register_forward_hook(lambda *passed: forwards.append(len(passed[2]))):
+            estimate = estimate_by(model, *calibration, norm=norm, loss=loss, generator=generator)
+        calls = (sum(forwards) - before) / len(distances)
         found = bounds.margins(model, *check, norm=norm, loss=loss)
-        calls = estimate.calls / len(distances)
         yield f"{name}, {loss}, L-bound", bounds.lipschitz_bound(found, estimate), calls
         yield f"{name}, {loss}, omega-bound", bounds.omega_bound(found, estimate), calls
     for loss, rivals, exponent in (
@@ -89,6 +91,10 @@ def claims(model, calibration, check, distances: Tensor, norm: str, seed: int):
         if (rivals, exponent) == (1, 1.5):
             yield f"{row}, L-bound", bounds.lipschitz_bound(found, estimate), rivals
         yield f"{row}, t eps^{exponent:g}", bounds.omega_bound(found, estimate), rivals
+    settings = {"norm": norm, "rivals": 9, "ahead": True}
+    known, found = (bounds.margins(model, *part, **settings) for part in (calibration, check))
+    estimate = bounds.estimate_by_calibration(known, distances, exponent=2)
+    yield "calibration, logits, 9 rivals and the tangent ahead, t eps^2", bounds.omega_bound(found, estimate), 11
 
 
 def redraws(model, calibration, check, distances: Tensor, norm: str, draws: int) -> list[bounds.Violations]:

@@ -1,12 +1,14 @@
 """Bounds against closed forms, exact distances and simulation; GEV fits; smoothing against its known radius."""
 
 import copy
+import dataclasses
 import math
 import re
 import types
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import scipy.stats
 import torch
@@ -583,6 +585,79 @@ def test_calibration_takes_the_smallest_modulus_that_keeps_it():
         estimate_by_calibration(found, torch.full((n,), torch.inf), alpha=0.05)
 
 
+@given(seeds, norms)
+def test_the_tangent_ahead_of_a_linear_margin_is_its_own(seed, norm):
+    network, images, labels, gaps, _ = two_class_line(seed)
+    found = margins(network, images, labels, norm=norm, ahead=True)
+    torch.testing.assert_close(found.losses[:, 1], -gaps, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.grad_norms[:, 1], found.grad_norms[:, 0])
+    assert found[3:5].ahead
+    assert torch.equal(found[3:5].losses, found.losses[3:5])
+
+
+def test_the_tangent_ahead_of_a_paraboloid_is_that_of_the_closed_form_and_nearer_to_the_truth():
+    """l = C rho^2 / 2 - depth, linearised at rho, is 0 at rho + gap / (C rho); the tangent there, read at rho."""
+    model, (curvature, depth) = Paraboloid(3.0, 0.3).eval(), (3.0, 0.3)
+    images = 0.55 + 0.05 * torch.rand(240, 5, generator=generator(), dtype=torch.float64)
+    labels, rho = torch.zeros(240, dtype=torch.long), (images - 0.5).norm(dim=1)
+    found, gap = margins(model, images, labels, norm="l2", ahead=True), depth - curvature / 2 * rho**2
+    ahead = rho + gap / (curvature * rho)
+    expected = curvature / 2 * ahead**2 - depth - curvature * ahead * (ahead - rho)
+    torch.testing.assert_close(found.losses[:, 1], expected)
+    torch.testing.assert_close(found.grad_norms[:, 1], curvature * ahead)
+    exact, estimates = math.sqrt(2 * depth / curvature) - rho, -found.losses / found.grad_norms
+    near, far = ((estimates[:, j] - exact).abs() for j in (1, 0))
+    assert (near < far / 2).all()
+    estimate = estimate_by_calibration(found[:200], exact[:200], exponent=2)
+    assert (omega_bound(found[200:], estimate) <= exact[200:] * (1 + 1e-3)).all()
+    labels = torch.ones_like(labels)  # misclassified: the bound stays 0
+    assert (omega_bound(margins(model, images, labels, norm="l2", ahead=True), estimate) == 0).all()
+
+
+def test_a_tangent_that_calls_the_image_misclassified_says_nothing():
+    class Bump(nn.Module):
+        """Margin of label 0: -1 + 2 x, up to x = 0.25, and 1 - 8 (x - 0.5) beyond: at 0.5 it falls."""
+
+        def forward(self, x):
+            margin = torch.where(x[:, 0] < 0.25, -1 + 2 * x[:, 0], 1 - 8 * (x[:, 0] - 0.5))
+            return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    found = margins(Bump().eval(), torch.tensor([[0.1]]), torch.tensor([0]), norm="l2", ahead=True)
+    assert found.losses.tolist() == [[pytest.approx(-0.8)] * 2]
+    assert found.grad_norms.tolist() == [[2, 2]]
+
+
+def test_the_tangent_ahead_costs_a_pass_each_way_and_only_its_own_estimate_asks_for_it():
+    network, images, labels, _, _ = two_class_line(0, count=200)
+    model = Counted(network).eval()
+    found = margins(model, images, labels, norm="linf", ahead=True)
+    assert (model.forwards, model.backwards) == (400, 400)
+    plain = margins(model, images, labels, norm="linf")
+    assert torch.equal(plain.losses, found.losses[:, :1])
+    assert torch.equal(plain.grad_norms, found.grad_norms[:, :1])
+    distances = (-found.losses / found.grad_norms)[:, 0]
+    more, fewer = (estimate_by_calibration(which, distances) for which in (found, plain))
+    torch.testing.assert_close(omega_bound(found, fewer), omega_bound(plain, fewer))
+    other = dataclasses.replace(found, ahead=False)  # as many columns, of other things
+    with pytest.raises(ValueError, match="with the tangent ahead"):
+        omega_bound(other, more)
+
+
+def test_the_tangent_ahead_is_known_where_there_is_no_gradient_and_refused_where_logits_are_not_finite():
+    flat = Changed(LINE[0], images=lambda x: torch.where(torch.arange(40)[:, None] < 1, x.detach(), x)).eval()
+    found = margins(flat, LINE[1], LINE[2], norm="l2", ahead=True)
+    assert found.losses.isfinite().all()
+    assert found.losses[0, 0] == found.losses[0, 1]
+    calls = []
+
+    def second(z):
+        calls.append(1)
+        return z * (math.nan if len(calls) == 2 else 1)
+
+    with pytest.raises(ValueError, match="not finite"):
+        margins(Changed(LINE[0], second).eval(), LINE[1], LINE[2], norm="l2", ahead=True)
+
+
 def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_probabilities():
     """Logits times 100: the classifier is the same, its softmax gradients are gone."""
     network, (images, labels) = copy.deepcopy(digits_mlp(0)).double(), digits()
@@ -724,25 +799,51 @@ def test_sampling_reports_the_fitted_quantile_beyond_what_it_saw():
     assert len(sampled.gevs[0].maxima) == 20
 
 
-def test_estimates_state_what_they_cost():
+def test_estimates_cost_what_their_documentation_says():
     network, images, labels, _, _ = two_class_line(0)
-    eps, draw, steps = torch.tensor([0.1, 0.2, 0.3]), generator(), []
-    report = lambda done, total: steps.append((done, total))  # noqa: E731
-    for estimate in (
-        lambda model: estimate_by_ascent(
-            model, images, labels, norm="l2", eps=eps, known=[images], restarts=2, steps=4, batch_size=16,
-            generator=draw, progress=report,
-        ),
-        lambda model: estimate_by_sampling(
-            model, images, labels, norm="l2", eps=eps, blocks=6, block_size=8, generator=draw, progress=report
-        ),
-    ):  # fmt: skip
-        steps.clear()
-        model = Counted(network).eval()
-        assert estimate(model).calls == model.forwards
-        assert steps[-1] == (model.forwards, model.forwards)
-        assert steps == sorted(steps)
-    assert model.backwards == 6 * 8
+    model, eps = Counted(network).eval(), torch.tensor([0.1, 0.2, 0.3])
+    how = {"norm": "l2", "eps": eps, "generator": generator()}
+    estimate_by_ascent(model, images, labels, known=[images], restarts=2, steps=4, batch_size=16, **how)
+    assert model.forwards == 40 * (3 * (1 + 2 + 1) * (4 + 1) + 1)
+    model.forwards = model.backwards = 0
+    estimate_by_sampling(model, images, labels, blocks=6, block_size=8, **how)
+    assert (model.forwards, model.backwards) == (6 * 8 * (3 + 1), 6 * 8)
+
+
+def test_loops_do_not_wait_for_their_device():
+    """Whatever looks at a number makes a GPU finish all it has been given: in a loop, at most once a step."""
+    network, images, labels, _, _ = two_class_line(0)
+    eps, how = torch.tensor([0.1, 0.2]), {"norm": "l2", "generator": generator()}
+    three = Changed(network, with_class(-5.0)).eval()
+
+    def looks(call, *arguments, **options):
+        with oracle.Looks() as seen:
+            call(*arguments, **options)
+        return seen.count
+
+    few, many = (looks(estimate_by_ascent, network, images, labels, eps=eps, steps=k, **how) for k in (2, 12))
+    passes = 2 * 2 * 10  # radii, starts, steps
+    assert few <= many <= few + passes
+    few, many = (looks(estimate_by_sampling, network, images, labels, eps=eps, blocks=k, **how) for k in (6, 12))
+    assert few == many
+    few, many = (looks(margins, three, images, labels, norm="l2", rivals=2, batch_size=k) for k in (40, 5))
+    assert few == many
+    smoothing = {"sigma": 0.5, "n": 40, "generator": generator()}
+    few, many = (looks(certify_smoothing, network, images[:k], batch_size=40 // k, **smoothing) for k in (1, 4))
+    assert few == many
+
+
+def test_looks_at_numbers_are_counted():
+    """The counter itself, on each of the ways to look."""
+    x = torch.arange(3.0)
+    ways = [lambda: x.tolist(), lambda: x[0].item(), lambda: bool(x.any()), lambda: float(x.sum()), lambda: x[x > 1]]
+    for way in [*ways, lambda: x.nonzero(), lambda: x.cpu(), lambda: int(x[0])]:
+        with oracle.Looks() as seen:
+            way()
+        assert seen.count == 1
+    with oracle.Looks() as seen:
+        (x + 1).sum().where(x > 1, 0).topk(2)
+    assert seen.count == 0
 
 
 # --- extreme values ----------------------------------------------------------------------------------------
@@ -757,12 +858,11 @@ PORT_PIRIE = [
 
 
 def test_gev_fit_agrees_with_published_values():
-    """Coles (2001): loc 3.87, scale 0.198, xi -0.050, log-likelihood 4.34; 100-year level 4.69, [4.50, 5.27]."""
+    """Coles (2001): loc 3.87, scale 0.198, xi -0.050, log-likelihood 4.34; 100-year level 4.69."""
     gev = fit_gev(PORT_PIRIE)
     assert (gev.loc, gev.scale, gev.xi) == pytest.approx((3.8747, 0.1980, -0.0501), abs=5e-4)
     assert scipy.stats.genextreme.logpdf(PORT_PIRIE, -gev.xi, gev.loc, gev.scale).sum() == pytest.approx(4.34, abs=5e-3)
     assert gev.quantile(0.01) == pytest.approx(4.69, abs=5e-3)
-    assert gev.interval(0.01) == pytest.approx((4.50, 5.27), abs=1e-2)
     assert gev.status == "ok"
 
 
@@ -793,11 +893,6 @@ def test_gev_quantiles_are_scipys(xi, p):
     gev = bounds.GEV(xi, 1.5, 0.3, np.array([0.0]), "ok")
     reference = scipy.stats.genextreme(-xi, 1.5, 0.3)
     assert float(gev.quantile(p)) == pytest.approx(reference.isf(p), rel=1e-6)
-    if xi < 0:
-        assert gev.endpoint == pytest.approx(reference.support()[1])
-        assert gev.quantile(1e-12) <= gev.endpoint
-    else:
-        assert gev.endpoint == math.inf
 
 
 @settings(max_examples=25)
@@ -808,13 +903,6 @@ def test_gev_fit_is_equivariant(seed, xi, b, a):
     assert moved.xi == pytest.approx(plain.xi, abs=1e-4)
     for p in (0.1, 0.001):
         assert (moved.quantile(p) - a) / b == pytest.approx(plain.quantile(p), rel=1e-3, abs=1e-3)
-
-
-@pytest.mark.parametrize("b", [1e-5, 1e4])
-def test_gev_intervals_are_equivariant(b):
-    sample, a = draw_gev(0.1, 60, 0), 3.0
-    ends = np.array([fit_gev(sample).interval(0.01), fit_gev(a + b * sample).interval(0.01)])
-    np.testing.assert_allclose((ends[1] - a) / b, ends[0], rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -856,23 +944,12 @@ def test_awkward_samples_are_named_and_never_give_less_than_their_maximum(sample
     for p in (0.5, 0.01, 0.001):
         assert math.isfinite(gev.level(p))
         assert gev.level(p) >= np.max(sample)
-    low, high = gev.interval(0.01)
-    assert low <= gev.quantile(0.01) <= high
 
 
 def test_gev_refuses_too_little_or_nonsense():
     for sample in ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, math.nan, 3.0, 4.0, 5.0], np.ones((5, 5))):
         with pytest.raises(ValueError, match="5 finite maxima"):
             fit_gev(sample)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("xi", [-0.2, 0.0, 0.2])
-def test_intervals_cover_at_their_nominal_rate(xi):
-    truth = scipy.stats.genextreme.isf(0.01, -xi)
-    ends = np.array([fit_gev(draw_gev(xi, 100, seed)).interval(0.01, 0.9) for seed in range(200)])
-    covered = int(((ends[:, 0] <= truth) & (truth <= ends[:, 1])).sum())
-    assert scipy.stats.binomtest(covered, 200, 0.9).pvalue > 1e-3
 
 
 # --- randomized smoothing ----------------------------------------------------------------------------------

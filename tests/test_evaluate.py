@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -216,7 +217,7 @@ def _passing_audit(monkeypatch):
         no = np.zeros(len(unit.rows), dtype=bool)
         found = dict.fromkeys(("zero", "zero_training", "flat", "transferred"), no)
         found |= dict.fromkeys(("pgd", "boundary", "logbarrier"), np.ones(len(no)))
-        found |= {"by_eps": np.stack([no] * 5), "by_steps": np.stack([no] * 4), "whole_box": ~no}
+        found |= {"by_eps": np.stack([no] * 4, 1), "by_steps": np.stack([no] * 3, 1), "whole_box": ~no}
         return found if unit.target.undefended else {name: found[name] for name in found if name != "transferred"}
 
     monkeypatch.setitem(evaluate.PARTS, "audit", audited)
@@ -234,8 +235,9 @@ def verdicts(path, norm="l2"):
 
 
 def files_of(path):
-    """All files; the commit in the report is left out, since somebody may commit during a test."""
-    files = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    """All files; but not the commit in the report, since somebody may commit during a test, nor how fast it was."""
+    found = [p for p in path.rglob("*") if p.is_file() and p.name != "speed.json"]
+    files = {str(p.relative_to(path)): p.read_bytes() for p in found}
     return {name: re.sub(rb"commit \S+", b"", content) for name, content in files.items()}
 
 
@@ -306,8 +308,8 @@ def test_summary_has_what_the_documentation_promises(here):
 
 
 def settings(**fields):
-    named = {"norms": ("l2",), "images": 12, "calibration": 5, "seed": 0, "suite": (), "blocks": 0, "audit": 6}
-    return evaluate.Settings(**named | {"alone": False, "smoothing": (), "samples": 100} | fields)
+    named = {"targets": [], "norm": ["l2"], "images": 12, "calibration": 5, "blocks": 0, "audit_images": 6}
+    return evaluate.Settings(**named | {"samples": 100} | fields)
 
 
 def test_calibration_and_evaluation_images_are_disjoint_and_drawn_by_the_seed(here, capsys):
@@ -357,7 +359,8 @@ def test_an_attack_that_finds_nothing_is_at_infinity_and_the_misclassified_are_a
     for name in evaluate.SUITES["paper"]:
         monkeypatch.setattr(evaluate.attacks, name, lambda network, images, labels, **_: images)
     target.suite, unit = evaluate.SUITES["paper"], evaluate.Unit(target, "evaluation", "l2", 0, ())
-    adversarial, found = evaluate.attacked(unit, True, images, labels, torch.Generator())
+    paper = settings(suite="paper")
+    adversarial, found = evaluate.attacked(unit, paper, images, labels, torch.Generator())
     assert torch.equal(adversarial, images)
     assert found["attacks"][0] == "clean"
     assert found["distances"][0] == 0
@@ -372,7 +375,7 @@ def test_an_attack_that_finds_nothing_is_at_infinity_and_the_misclassified_are_a
 
 def opened(here, name):
     """One of the models, ready to be measured, and images to measure it on."""
-    asked, world = settings(out=here, suite=("fab",)), runs.World("cpu")
+    asked, world = settings(out=here, attack=["fab"]), runs.World("cpu")
     target = evaluate.open_factory(f"{here}/theirs.py:{name}", asked)
     evaluate.prepare(target, asked, world)
     return target, *target.fetch(target.rows["evaluation"], world.device)
@@ -385,7 +388,7 @@ def test_a_network_without_gradients_is_known_and_decides_as_before(here, name):
     target, images, labels = opened(here, name)
     _, grad = input_gradient(lambda x: cross_entropy(target.network(x), labels), images)
     assert target.network.blind == (name not in ("honest", "script"))
-    assert target.suite == (("boundary",) if target.network.blind else ("fab",))
+    assert target.suite == (["boundary"] if target.network.blind else ["fab"])
     assert grad.any() != target.network.blind
     assert not any(parameter.requires_grad for parameter in target.network.parameters())
     if name not in ("int8", "quantised"):
@@ -465,7 +468,7 @@ def arrays(**changed):
     """What audit_part gives for ten images of a network that has nothing to hide."""
     n = 10
     no, pgd = np.zeros(n, bool), np.linspace(0.1, 1, n)
-    rising = np.arange(n) < np.array([[2], [4], [6], [10], [10]])
+    rising = np.arange(n)[:, None] < np.array([2, 4, 6, 10])
     found = {"zero": no, "zero_training": no, "flat": no, "pgd": pgd, "boundary": 1.3 * pgd, "logbarrier": pgd}
     return found | {"by_eps": rising, "by_steps": rising, "whole_box": ~no, "transferred": no} | changed
 
@@ -480,8 +483,8 @@ def arrays(**changed):
         {"pgd": np.full(10, math.inf)},
         {"logbarrier": 0.8 * np.linspace(0.1, 1, 10)},
         {"whole_box": np.arange(10) < 9},
-        {"by_steps": np.arange(10) < np.array([[3], [5], [4]])},
-        {"by_eps": np.arange(10) < np.array([[6], [4], [5], [9], [10]])},
+        {"by_steps": np.arange(10)[:, None] < np.array([3, 5, 4])},
+        {"by_eps": np.arange(10)[:, None] < np.array([6, 4, 9, 10])},
         {"transferred": np.arange(10) < 7},
     ],
 )
@@ -503,6 +506,141 @@ def test_a_network_that_is_wrong_on_a_class_is_evaluated(here):
     shown = rows(path / "images.csv")
     assert all(row["distance l2 (pixels 0 to 1)"] == "0.0" for row in shown if row["label"] == "3")
     assert verdicts(path)[BLACK_BOX] == "pass"
+
+
+# --- what it costs ----------------------------------------------------------------------------------------
+
+
+class Times(torch.nn.Module):
+    """x -> a x, that remembers how many images each pass had, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.forwards, self.backwards = [], []
+
+    def forward(self, x):
+        self.forwards.append(len(x))
+        if x.requires_grad:
+            x.register_hook(lambda grad: self.backwards.append(len(grad)))
+        return x.flatten(1) * torch.arange(1.0, 4)
+
+
+def test_a_network_is_watched_between_passes_of_few_images_both_ways_and_computes_the_same():
+    x, weights = torch.rand(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(30.0).view(10, 3)
+    whole, parts = evaluate.Watched(Times()), evaluate.Watched(Times())
+    parts.most = 4
+    results = [input_gradient(lambda z: (n(z) * weights).sum(1), x) for n in (whole, parts)]  # noqa: B023
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert whole.network.forwards == [10]
+    assert parts.network.forwards == [4, 4, 2]
+    assert sorted(parts.network.backwards) == [2, 4, 4]
+    assert whole.calls == parts.calls == 20
+    with oracle.Looks() as looks:
+        input_gradient(lambda z: parts(z).sum(1), x)
+    assert looks.count == 0
+    for stop in range(1, 7):  # at each of the six moments in turn
+        seen, watched = [], evaluate.Watched(Times())
+        watched.most = 4
+
+        def watch(calls, seen=seen, stop=stop):
+            seen.append(calls)
+            if len(seen) == stop:
+                raise InterruptedError
+
+        watched.watch = watch
+        with pytest.raises(InterruptedError):
+            input_gradient(lambda z: watched(z).sum(1), x)  # noqa: B023
+        assert len(seen) == stop
+        assert len(watched.network.forwards) == min(stop - 1, 3)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_part_costs_about_what_was_announced(here, norm):
+    """The attacks may stop early; nothing may take much more than it said."""
+    asked, world = settings(out=here, norm=[norm], calibration=12, blocks=5, budget=60), runs.World("cpu")
+    target = evaluate.open_factory(f"{here}/theirs.py:honest", asked)
+    evaluate.prepare(target, asked, world)
+    units = evaluate.units_of(target, asked)
+    assert {unit.kind for unit in units} == {"sampling", "ascent", "calibration", "evaluation", "audit"}
+    for unit in units:
+        target.network.calls = 0
+        evaluate.compute(unit, asked, world)
+        assert 0.2 * unit.calls(asked) < target.network.calls < 1.2 * unit.calls(asked), unit.kind
+
+
+def test_the_budget_is_what_an_image_may_cost_and_the_report_says_who_spent_it(here):
+    few, more = (evaluated(here, "honest", *FEW[:-2], "--budget", str(budget)) for budget in (20, 300))
+    near, far = (np.array(column(path, "distance l2"), float) for path in (more, few))
+    assert (near <= far * (1 + 1e-6)).all()
+    spent = []
+    for path, budget in ((few, 20), (more, 300)):
+        lines = (path / "report.md").read_text(encoding="utf-8").splitlines()
+        (calls,) = [float(line.split("|")[2]) for line in lines if "calls an image" in line]
+        (who,) = [line.split("|")[2] for line in lines if "spent on" in line]
+        assert calls <= budget
+        each = {word.split()[0]: float(word.split()[1]) for word in who.split(",")}
+        assert sum(each.values()) == pytest.approx(calls, abs=0.5 * len(each))
+        assert "fab" in each
+        spent.append(set(each))
+    assert spent[0] < spent[1]
+
+
+def test_parts_are_as_long_as_the_speed_allows_and_stay_so(here, tmp_path):
+    """A slower machine goes on with the parts that a faster one began, and the other way round."""
+    asked = settings(out=tmp_path, images=300, calibration=0, audit_images=100)
+    target = evaluate.open_factory(f"{here}/theirs.py:linear", asked)
+    evaluate.prepare(target, asked, runs.World("cpu"))
+    sizes = {}
+    for speed in (1, 32, 4096):
+        target.speed = speed
+        units = evaluate.units_of(target, asked)
+        for kind in ("evaluation", "audit"):
+            rows = [row for unit in units if unit.kind == kind for row in unit.rows]
+            assert rows == target.rows[kind].tolist()
+        sizes[speed] = max(len(unit.rows) for unit in units)
+        seconds = [unit.calls(asked) / speed for unit in units if len(unit.rows) > 1]
+        assert all(second <= evaluate.PART for second in seconds)
+    assert sizes[1] == 1 < sizes[32] < sizes[4096] == evaluate.BLOCK
+    for path, speed in ((tmp_path / "one", 32), (tmp_path / "two", 64)):
+        target.path, target.speed = path, speed
+        evaluate.make_directories([target], path)
+    target.path = tmp_path / "one"
+    assert evaluate.speed_of(target) == 32
+    for content in ("", "[]", '{"network": "another", "calls a second": 7}', '{"network": 1}'):
+        target.speed_file.write_text(content)
+        assert evaluate.speed_of(target) == 2 ** max(0, min(12, int(-math.log2(target.pace))))
+
+
+def test_the_price_is_the_product_of_its_parts(here, tmp_path):
+    asked = settings(out=tmp_path, images=300, calibration=0, norm=["l2", "linf"])
+    target = evaluate.open_factory(f"{here}/theirs.py:linear", asked)
+    evaluate.prepare(target, asked, world := runs.World("cpu"))
+    target.pace = 0.031
+    units = evaluate.units_of(target, asked)
+    said = evaluate.price(units, asked, world)
+    minutes, images, norms, calls, ms, parts = re.search(
+        r"about ([\d.]+) h: (\d+) images, (\d) norms, 2 x (\d+) calls of (\d+) ms, in (\d+) parts", said
+    ).groups()
+    assert (int(images), int(norms), int(ms), int(parts)) == (300, 2, 31, len(units))
+    assert float(minutes) == pytest.approx(300 * 2 * int(calls) * 0.031 / 3600, abs=0.06)
+    assert int(calls) * 600 == pytest.approx(sum(unit.calls(asked) for unit in units), rel=0.01)
+
+
+def test_progress_moves_within_a_part_and_is_said_where_there_is_no_terminal(monkeypatch, capsys):
+    clock, shown, stop = [1000.0], [], type("Stop", (), {"signal": 0})()
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: clock[0])
+    meter = evaluate.Meter(stop, shown.append, runs.World("cpu"), 400.0)
+    meter.begin(100.0, 200.0, 1000)
+    for _ in range(110):  # more than was expected
+        clock[0] += 1
+        meter(10)
+    assert shown == pytest.approx([100 * (100 + 2 * min(share, 100)) / 400 for share in range(1, 111)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "56 % done, 49 s left"  # after 61 s: 222 of 400
+    stop.signal = signal.SIGTERM
+    with pytest.raises(InterruptedError):
+        meter(1)
 
 
 # --- the same report, whatever happens --------------------------------------------------------------------
@@ -540,7 +678,7 @@ def whole(here):
 def test_it_writes_tables_figures_and_parts(whole):
     names = {Path(name).name for name in whole}
     assert {"table2.csv", "table3.csv", "table5.csv", "table6.csv", "differences.csv", "report.md"} <= names
-    assert {"errors.png", "bounds.png", "adversarial-l2.png", "gev.png", "images.csv", "summary.json"} <= names
+    assert {"errors.png", "bounds.png", "adversarial-l2.png", "images.csv", "summary.json"} <= names
     assert all(content.startswith(b"\x89PNG") for name, content in whole.items() if name.endswith(".png"))
     texts = [content.decode() for name, content in whole.items() if name.endswith("report.md")]
     assert all("1 x 8 x 8" in text for text in texts)
@@ -568,7 +706,7 @@ def test_stopped_by_a_signal_or_an_error_it_goes_on_and_ends_with_the_same_files
     monkeypatch.setattr(evaluate, "compute", interrupted)
     assert command(monkeypatch, *arguments(here, out)) == 128 + signal.SIGTERM
     said = capsys.readouterr()
-    assert re.search(r"\d+ parts to do, about \d+", said.out)
+    assert re.search(r"about \d+ s: 26 images, 1 norms, 1 x [\d,]+ calls of \S+ ms, in \d+ parts", said.out)
     assert "goes on from here" in said.err
     assert len(done) == 2
     assert not calls
@@ -630,7 +768,7 @@ def test_parts_are_kept_for_the_same_options_and_redone_for_others(here, tmp_pat
     first = files_of(tmp_path / "out")
     assert redone(*none) == []
     assert files_of(tmp_path / "out") == first
-    assert redone("--calibration", "2", "--blocks", "0") == ["calibration"]
+    assert redone("--calibration", "2", "--blocks", "0") == ["ascent", "calibration", "evaluation"]  # and its margins
     assert redone(*none, "--attack", "pgd") == ["evaluation"]
     assert redone(*none, "--seed", "1") == ["audit", "evaluation"]
     (tmp_path / "theirs.py").write_text(MODELS.replace("return self.scale", "return 2 * self.scale"))
@@ -642,9 +780,9 @@ def test_parts_are_kept_for_the_same_options_and_redone_for_others(here, tmp_pat
 def test_two_models_of_one_name_are_two_and_one_named_twice_is_one(here, tmp_path):
     (tmp_path / "theirs.py").write_text(MODELS)
     specs = [f"{here}/theirs.py:linear", f"{tmp_path}/theirs.py:linear", f"{here}/../{here.name}/theirs.py:linear"]
-    targets = evaluate.open_targets(specs, settings(out=tmp_path / "out"))
+    targets = evaluate.open_targets(settings(targets=specs, out=tmp_path / "out"))
     assert len({target.name for target in targets}) == len({target.path for target in targets}) == 2
-    (alone,) = evaluate.open_targets(specs[1:2], settings(out=tmp_path / "out"))
+    (alone,) = evaluate.open_targets(settings(targets=specs[1:2], out=tmp_path / "out"))
     assert alone.path == targets[1].path  # whoever is evaluated beside it
 
 
@@ -748,6 +886,14 @@ def test_a_folder_is_shown_in_the_channels_the_network_takes(here, tmp_path, nam
     assert labels.tolist() == [int(image.mean() > 0.5) for image in images]
 
 
+def test_parts_of_large_images_hold_as_many_numbers_as_memory_may(here, tmp_path):
+    folder(tmp_path, {"dark": 30, "light": 220}, size=500)
+    for size, most in ((64, 100), (224, 25), (448, 6)):
+        asked = settings(dataset=str(tmp_path), size=size, out=tmp_path, images=4)
+        evaluate.prepare(target := evaluate.open_factory(f"{here}/theirs.py:colour", asked), asked, runs.World("cpu"))
+        assert target.block == most
+
+
 def test_large_images_are_shown_at_the_size_asked_for_and_measured_again_at_another(here, tmp_path):
     folder(tmp_path, {"dark": 30, "light": 220}, size=100)
     spec, world = f"{here}/theirs.py:colour", runs.World("cpu")
@@ -813,7 +959,8 @@ def test_a_target_that_cannot_be_measured_is_refused_in_one_line(here, tmp_path,
     "bad",
     [
         *(["--attack", "magic"], ["--suite", "all"], ["--norm", "l7"], ["--blocks", "3"], ["--data", "nothing"]),
-        *(["--smoothing", "-1"], ["--smoothing", "1", "--smoothing", "nan"]),
+        *(["--smoothing", "-1"], ["--smoothing", "1", "--smoothing", "nan"], ["--budget", "9"]),
+        ["--budget", "100", "--suite", "paper"],
     ],
 )
 def test_bad_options_are_refused_in_one_line(here, tmp_path, monkeypatch, capsys, bad):
