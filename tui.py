@@ -1169,7 +1169,7 @@ class Dash(App):
             self.redraw()
             self.pane.scroll_to(0, 1e6 if self.view.alone == "events" else 0, animate=False)
 
-    @work(exclusive=True)
+    @work(exclusive=True, group="runs")
     async def action_runs(self) -> None:
         """Pick a run, or several to be compared; those that are open stay read."""
         root = Path(self.runs[0].real).parent if self.runs else self.root
