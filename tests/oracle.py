@@ -12,6 +12,8 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradreg
 
@@ -144,3 +146,41 @@ def _distance_to(w1, b1, w, b, x0, upper: float) -> float:
     if solution.status not in (0, 2):  # solved, infeasible
         raise RuntimeError(f"the oracle's solver gave up: {solution.message}")
     return solution.x[-1] if solution.status == 0 else np.inf
+
+
+# --- what makes a device wait -----------------------------------------------------------------------------
+
+
+class Looks(TorchFunctionMode):
+    """Context: counts how often Python is given a number that a tensor holds, for which a GPU has to finish first."""
+
+    PYTHON = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "unique")
+
+    def __enter__(self):
+        self.count, self.inside = 0, _Below(self)
+        self.inside.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        return self.inside.__exit__(*error)
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        before, result = self.count, function(*arguments, **(options or {}))
+        if getattr(function, "__name__", "") in self.PYTHON and self.count == before:
+            self.count += 1
+        return result
+
+
+class _Below(TorchDispatchMode):
+    """What looks by itself, called by whatever: values read one by one, and masks, whose length is a number."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.looks = looks
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in arguments[1])
+        self.looks.count += masked or name in ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select")
+        return function(*arguments, **(options or {}))
