@@ -199,9 +199,9 @@ def fab(best, *, generator, steps: int | None = None, targets: int | None = None
     to the iterate, and the one nearest to the image (`_follow`).  The first round ascends the margin, in half the
     steps; then one round for each of the `targets` likeliest classes, nearest first; then `restarts` rounds from beyond
     the best found (`_hop`).  A round costs at most 2 * steps + 1 calls an image, and ends for an image where the
-    linearised boundary is as far as the best found: nothing to gain, to first order. By default 80 steps and 9 targets;
-    with topk > 1, where a round aimed at a fixed set of classes finds next to nothing that the first did not, 240 (all
-    of them in the first round) and none.
+    linearised boundary is as far as the best found: nothing to gain, to first order.  By default 80 steps and 9
+    targets; with topk > 1, where a round aimed at a fixed set of classes finds next to nothing that the first did not,
+    240 (all of them in the first round) and none.
     """
     steps = (80 if best.topk == 1 else 240) if steps is None else steps
     targets = (9 if best.topk == 1 else 0) if targets is None else targets
@@ -422,18 +422,19 @@ def _walk(best, calls: int, generator: Generator) -> None:
     x0, z = best.images[rows].flatten(1), best.adversarial[rows].flatten(1)
     votes = min(round(10 * math.prod(shape[1:]) ** 0.25), calls // 3)
     cost = votes + _TURNS + len(_PARTS) + _HALVINGS
-    normal, reach = direction(z - x0, "l2"), torch.full_like(z[:, 0], 0.5)
+    normal, reach, gain = direction(z - x0, "l2"), torch.full_like(z[:, 0], 0.5), torch.full_like(z[:, 0], 0.5)
     aside = _directions(best.images, generator)
     for _ in range(calls // cost):
         on = best.affords(rows, cost).nonzero()[:, 0]
-        rows, x0, z, normal, reach = (part[on] for part in (rows, x0, z, normal, reach))
+        rows, x0, z, normal, reach, gain = (part[on] for part in (rows, x0, z, normal, reach, gain))
         if len(rows) == 0:
             return
-        z, normal, reach = _round(best, rows, x0, z, normal, reach, list(itertools.islice(aside, votes)))
+        moves = list(itertools.islice(aside, votes))
+        z, normal, reach, gain = _round(best, rows, x0, z, normal, reach, gain, moves)
         best.update(rows, z.view(-1, *shape[1:]), reach > 0)
 
 
-_TURNS, _PARTS, _HALVINGS = 4, (1.0, 0.5), 7  # what a round of `boundary` calls for beyond its votes
+_TURNS, _PARTS, _HALVINGS = 4, (1.0, 0.5), 8  # what a round of `boundary` calls for beyond its votes
 
 
 def _directions(images: Tensor, generator: Generator, coarsest: int = 8):
@@ -457,7 +458,7 @@ def _directions(images: Tensor, generator: Generator, coarsest: int = 8):
             yield (u / u.norm()).flatten().to(images)
 
 
-def _round(best, rows, x0, z, normal, reach, moves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _round(best, rows, x0, z, normal, reach, gain, moves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From z on the far side, with the boundary taken for the plane through it with this normal, a nearer z.
 
     All are (rows, n); the moves aside are as long as `reach` times ||z - x0||_2.
@@ -492,10 +493,15 @@ def _round(best, rows, x0, z, normal, reach, moves: list[Tensor]) -> tuple[Tenso
         tried = (x0 + shrink.nan_to_num(0, 0, 0)[:, None] * tried).clamp(0, 1)
         better = holds(tried) & ~nearer
         z, nearer = tried.where(better[:, None], z), nearer | better
-    # Then towards the image, by a share 2^-t of the way.
-    whole = torch.zeros_like(share)
-    t, _ = _bisected(lambda t: holds(x0 + (1 - 2**-t)[:, None] * (z - x0)), whole + 14, whole, _HALVINGS)
-    return x0 + (1 - torch.where(t < 14, 2**-t, 0))[:, None] * (z - x0), normal, reach
+    # Then towards the image, up to the boundary; the share of the way that the last round won is a first guess.
+    low, high = torch.zeros_like(gain), torch.ones_like(gain)
+    for _ in range(_HALVINGS):
+        bracketed = low > 0
+        middle = ((low + high) / 2).where(bracketed, high * (1 - gain))
+        held = holds(x0.lerp(z, middle[:, None]))
+        gain = (2 * gain).clamp_max(0.5).where(held & ~bracketed, gain)
+        low, high = low.where(held, middle), middle.where(held, high)
+    return x0.lerp(z, high[:, None]), normal, reach, (1 - high).clamp_min(1e-3)
 
 
 def _bisected(holds, yes: Tensor, no: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
@@ -563,7 +569,8 @@ def logbarrier(best, *, generator, steps: int = 50) -> None:
         for k in range(5):
             tried = z[todo].lerp(goal[todo], 0.5**k)
             wrong = best.test(rows[todo], tried) > 0
-            z[todo[wrong]], todo = tried[wrong], todo[~wrong]
+            z[todo] = tried.where(column(wrong, tried), z[todo])
+            todo = todo[(~wrong).nonzero()[:, 0]]
 
 
 # --- what they share ----------------------------------------------------------------------------------------------
@@ -576,12 +583,13 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
     step goes to (1 - w) q + w p, with w falling from `weight` to 0.02.  Where pieces of the boundary meet in a kink, p
     jumps from piece to piece; so it is taken from a moving average of the linearisations, as in bundle methods, over
     ever more of them as the walk goes on.  p and q aim beyond the boundary by a share of the distance that doubles
-    after a step that was classified correctly and halves after one that was not. goal: the classes that are to overtake
-    the label, (images, k), or None for whichever are nearest. An image whose budget ends on the way is tested where it
-    is: a longer walk would have passed there.
+    after a step that was classified correctly and halves after one that was not.  goal: the classes that are to
+    overtake the label, (images, k), or None for whichever are nearest.  An image whose budget ends on the way is tested
+    where it is: a longer walk would have passed there.
     """
     rows = best.todo() if rows is None else rows
     rows = rows[best.affords(rows, 3)]
+    least = best.left[best.number[rows]].min().item() if len(rows) else 0
     z = (best.images if z is None else z)[rows]
     beyond = torch.full((len(rows),), 0.01, dtype=z.dtype, device=z.device)
     slope, offset = torch.zeros_like(z), torch.zeros_like(beyond)  # of the averaged linearisation
@@ -593,16 +601,16 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
             beyond = torch.where(safe, beyond / 2, beyond * 2).clamp(TOLERANCE / 4, 0.2)
         need = _lift(grad, z, x0, aimed)
         slope, offset = grad.lerp(slope, 0.9 * progress), need.lerp(offset, 0.9 * progress)
-        p = x0 + nearest(slope, offset + beyond * offset.abs(), x0, best.norm)
-        q = z + nearest(grad, beyond * need.abs() - aimed, z, best.norm)
+        needs = torch.cat([offset + beyond * offset.abs(), beyond * need.abs() - aimed])
+        both = torch.cat([x0, z])  # in one go, for the sake of a device
+        p, q = (both + nearest(torch.cat([slope, grad]), needs, both, best.norm)).chunk(2)
         w = max(weight * (1 - progress), 0.02)
         reach = distance(x0, p, best.norm)  # to first order a lower bound of what is found from here, early to a half
         stationary = (margins > 0) & (reach > (1 - TOLERANCE / 4) * distance(x0, z, best.norm))
         keep = (reach < (1.5 - 0.5 * progress) * best.distances[rows]) & ~stationary
         z = (1 - w) * q + w * p
         more = best.affords(rows, 3)
-        ends = (keep & ~more).nonzero()[:, 0]
-        if len(ends):
+        if least < 2 * step + 5 and len(ends := (keep & ~more).nonzero()[:, 0]):
             best.test(rows[ends], z[ends])
         stay = (keep & more).nonzero()[:, 0]
         z, rows, beyond, slope, offset = (part[stay] for part in (z, rows, beyond, slope, offset))
@@ -614,8 +622,8 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
 def _goals(best, targets: int, among: int = 9) -> list[Tensor]:
     """`targets` sets of topk classes (images, topk) to overtake the label, the nearest to first order first.
 
-    The topk - 1 nearest classes and, in turn, each of the next ones, out of the likeliest among + topk - 1. One forward
-    pass, and a backward pass for each class.
+    The topk - 1 nearest classes and, in turn, each of the next ones, out of the likeliest among + topk - 1.  One
+    forward pass, and a backward pass for each class.
     """
     shared, count = best.topk - 1, min(max(among, targets) + best.topk - 1, best.logits.shape[1] - 1)
     rows = best.todo() if targets > 0 else []
@@ -627,10 +635,8 @@ def _goals(best, targets: int, among: int = 9) -> list[Tensor]:
         x = best.images[rows].requires_grad_()
         logits = best.network(x)
         leads = logits.gather(1, classes[rows]) - logits.gather(1, best.labels[rows, None])
-        grads = (_gradient(leads[:, j], x, retain_graph=j < count - 1) for j in range(count))
-        reach = torch.stack(
-            [-lead.detach() / dual_norm(grad, best.norm) for lead, grad in zip(leads.T, grads, strict=True)], dim=1
-        )
+        grads = [_gradient(lead, x, retain_graph=True) for lead in leads.T]
+    reach = torch.stack([-a / dual_norm(grad, best.norm) for a, grad in zip(leads.detach().T, grads, strict=True)], 1)
     classes[rows] = classes[rows].gather(1, reach.argsort(dim=1))
     last = range(shared, min(count, shared + targets))
     return [torch.cat([classes[:, :shared], classes[:, j, None]], dim=1) for j in last]
@@ -648,7 +654,7 @@ def _lift(grad: Tensor, z: Tensor, images: Tensor, value: Tensor) -> Tensor:
     return (grad * (z - images)).flatten(1).sum(dim=1) - value
 
 
-def nearest(grad: Tensor, need: Tensor, images: Tensor, norm: Norm, iterations: int = 30) -> Tensor:
+def nearest(grad: Tensor, need: Tensor, images: Tensor, norm: Norm, iterations: int = 12) -> Tensor:
     """The smallest delta, in `norm`, with <grad, delta> >= need (N,) and images + delta in [0, 1].
 
     It is delta_i = sign(g_i) min(t s_i, room_i) with s = 1 (linf) or |g| (l2) and the smallest t >= 0 that gives
@@ -669,7 +675,7 @@ def nearest(grad: Tensor, need: Tensor, images: Tensor, norm: Norm, iterations: 
         move = torch.where(slope > 0, missing / slope, 0)
         move = torch.where(move > 1e-6 * t, move, 0)  # row by row: independent of the others in the batch
         t = t + move
-        if step % 8 == 7 and not move.any():  # to look is to wait for the device
+        if step == 3 and not move.any():  # as a rule; to look is to wait for the device, so once
             break
     return (g.sign() * torch.minimum(t[:, None] * speed, room)).view_as(grad)
 
@@ -861,9 +867,12 @@ def _gradient(values: Tensor, x: Tensor, **graph: bool) -> Tensor:
     try:
         return gradient(values, x, **graph)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "not implemented" not in str(error):
-            raise
-        raise ValueError(f"{str(error).splitlines()[0]}; {_BY_DECISIONS}") from None
+        why = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            if "not implemented" not in why:
+                raise
+            why = f"no gradient comes through the model ({why})"
+        raise ValueError(f"{why}; {_BY_DECISIONS}") from None
 
 
 def _compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -946,9 +955,9 @@ _LADDER = (
     ("pgd", _in_ball, 27, True),
     ("boundary", functools.partial(boundary.search, calls=45, walks=1), 12, True),
     ("fab", _hop, 3, False),
+    ("fab", fab.search, 3, False),
     ("pgd", _pgd.search, 843, False),
     ("boundary", boundary.search, 12, False),
     ("logbarrier", logbarrier.search, 418, False),
     ("carlini_wagner", carlini_wagner.search, 1228, False),
-    ("fab", fab.search, 3, False),
 )

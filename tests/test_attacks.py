@@ -475,12 +475,13 @@ def test_no_attack_takes_more_calls_than_it_is_said_to(norm, topk, seed):
     model = small_network(generator, (30,), classes=12)
     images = torch.rand(4, 30, generator=generator)
     labels = model(images).argmax(1)
-    start = run("boundary", model, images, labels, norm=norm, topk=topk, calls=60, walks=1)
+    start = run("fab", model, images, labels, norm=norm, topk=topk, steps=20, restarts=0)
     for name, search, most, _ in attacks._LADDER:
         best = attacks._Best(model, images, labels, norm, topk, start)
         best.left[:] = most + topk - 1
+        best.network.take(1)
         search(best.part(best.todo(), keep=name not in ("logbarrier", "carlini_wagner")), generator=seeded(seed))
-        assert (best.left >= 0).all(), name
+        assert best.network.take(len(images)) <= most + topk - 1, name
 
 
 def test_images_that_nothing_brings_nearer_are_left_alone():
@@ -582,13 +583,16 @@ def test_gradients_are_doubted_where_they_lie_and_nowhere_else(norm, share):
 
 @pytest.mark.parametrize("name", [*attacks.SUITE, "smallest"])
 def test_a_device_is_waited_for_about_once_a_step(name):
-    """Python looks at what a tensor holds at most 1.5 times for each forward pass, however many images there are."""
-    model, (images, labels) = Counting(digits_mlp(0)).eval(), digits()
+    """How often Python looks at what a tensor holds, for each forward pass, whatever the number of images.
+
+    `project` makes sure that nothing leaves the ball, however it is rounded: two more looks a step of pgd.
+    """
+    model, (images, labels) = Through(digits_mlp(0)).eval(), digits()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     with Looks() as looks:
         run(name, model, images[898:928], labels[898:928], norm="linf")
-    assert looks.count <= 1.5 * len(passes) + 50
+    assert looks.count <= {"pgd": 3.2, "smallest": 2.5}.get(name, 2) * len(passes) + 60
 
 
 def test_l1_and_unknown_norms_are_refused():
@@ -839,7 +843,7 @@ def test_networks_without_gradients_are_attacked_by_decisions_alone(kind):
     assert (found >= 0.9 * exact - 0.02).all()
     for name in (*WHITE_BOX, "smallest", "check_model"):
         options = {} if name == "check_model" else {"norm": "l2"}
-        with pytest.raises(ValueError, match="no gradient comes through the model"):
+        with pytest.raises(ValueError, match=r"no gradient comes through .*attacks=\[\"boundary\"\]"):
             getattr(attacks, name)(model, images, labels, **options)
 
 
