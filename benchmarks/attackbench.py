@@ -43,7 +43,6 @@ import runs
 PEERS = {
     "l2": (
         ("adv_lib", "fmn", 2),
-        ("original", "fmn", 2),
         ("adv_lib", "ddn_NQ", 2),
         ("foolbox", "ddn", 2),
         ("adv_lib", "alma", 2),
@@ -77,7 +76,7 @@ def ours(norm: str, budget: int):
     def smallest(model, inputs, labels):
         generator = torch.Generator().manual_seed(0)
         how = {"norm": norm, "budget": budget, "check": False, "generator": generator}
-        return attacks.smallest(model, inputs, labels, **how).adversarial
+        return attacks.smallest(model.eval(), inputs, labels, **how).adversarial
 
     return smallest
 
@@ -106,7 +105,8 @@ def measure(network, images, labels, norm: str, budget: int, attack) -> Result:
     loader = DataLoader(TensorDataset(images, labels), batch_size=len(images))
     torch.manual_seed(0)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar and warnings
-        raw = attackbench.run_attack(network, loader, attack, norm, torch.device("cpu"), query_budget=budget)
+        how = {"device": torch.device("cpu"), "query_budget": budget, "debug": True}  # debug: a failure is an error
+        raw = attackbench.run_attack(network, loader, attack, norm, **how)
     queries = np.add(raw["num_forwards"], raw["num_backwards"]).mean()
     return Result(raw["distances"][norm], float(queries))
 
