@@ -797,22 +797,24 @@ class _Best:
         None goes beyond `limit`, and one that never holds is not counted as found.
         """
         rows = self.found()
-        rows = rows[~self._holds(rows, self.adversarial[rows])]
+        holds, apart = self._holds(rows, self.adversarial[rows])
+        rows, apart = rows[~holds], 1.3 * apart[~holds]  # margins differ less in the smaller company that is to come
         x0, delta = self.images[rows], self.adversarial[rows] - self.images[rows]
         self.distances[rows], self.adversarial[rows] = torch.inf, x0
         for k in range(outwards if len(rows) else 0):
             x = (x0 + (1 + 2.0 ** (k + 2 - outwards)) * delta).clamp(0, 1)
-            holds = self._holds(rows, x, runs=8)
+            holds, _ = self._holds(rows, x, 8, apart)
             self.update(rows, x, holds & (distance(x0, x, self.norm) <= self.limit[rows]))
-            rows, x0, delta = (part[~holds] for part in (rows, x0, delta))
+            rows, x0, delta, apart = (part[~holds] for part in (rows, x0, delta, apart))
 
-    def _holds(self, rows: Tensor, x: Tensor, runs: int = _RUNS) -> Tensor:
+    def _holds(self, rows: Tensor, x: Tensor, runs: int = _RUNS, apart: Tensor | float = 0) -> tuple[Tensor, Tensor]:
         """Whether x errs by more than its margins differ by, in runs of other orders and batches of other sizes.
 
-        Where that is a near thing, 8 runs: a random margin must be some four standard deviations on the far side.
+        Also by how much they do, at least `apart`.  Where that is a near thing, 8 runs: a random margin must be some
+        four standard deviations on the far side.
         """
         if len(rows) == 0:
-            return rows > 0
+            return rows > 0, x.new_zeros(0)
         margins = x.new_zeros(runs, len(rows))
         for run in range(runs):
             order = torch.arange(len(rows), device=rows.device).roll(run).flip(0)
@@ -820,12 +822,12 @@ class _Best:
                 with torch.no_grad():
                     margins[run, part] = margin(self.network(x[part]), self.labels[rows[part]], self.topk).to(x)
         least, most = margins.aminmax(dim=0)
-        spread = most - least
+        spread = (most - least).clamp_min(apart)
         holds = least > spread
         near = holds & (least < 8 * spread.maximum(spread.median()))  # three runs may agree by chance
         if runs < 8 and near.any():
-            holds[near] = self._holds(rows[near], x[near], runs=8)
-        return holds
+            holds[near], spread[near] = self._holds(rows[near], x[near], 8, spread[near])
+        return holds, spread
 
 
 class _Network:
