@@ -608,7 +608,7 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
         reach = distance(x0, p, best.norm)  # to first order a lower bound of what is found from here, early to a half
         stationary = (margins > 0) & (reach > (1 - TOLERANCE / 4) * distance(x0, z, best.norm))
         keep = (reach < (1.5 - 0.5 * progress) * best.distances[rows]) & ~stationary
-        z = (1 - w) * q + w * p
+        z = q.lerp(p, w).clamp(0, 1)
         more = best.affords(rows, 3)
         if least < 2 * step + 5 and len(ends := (keep & ~more).nonzero()[:, 0]):
             best.test(rows[ends], z[ends])
