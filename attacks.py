@@ -632,7 +632,7 @@ def _goals(best, targets: int, among: int = 9) -> list[Tensor]:
     classes = best.likeliest(count)
     best.left[best.number[rows]] -= 1 + count
     with torch.enable_grad():
-        x = best.images[rows].requires_grad_()
+        x = _inside(best.images[rows]).requires_grad_()
         logits = best.network(x)
         leads = logits.gather(1, classes[rows]) - logits.gather(1, best.labels[rows, None])
         grads = [_gradient(lead, x, retain_graph=True) for lead in leads.T]
@@ -736,7 +736,7 @@ class _Best:
         """Take x where it is misclassified and nearer."""
         d = distance(self.images[rows], x, self.norm)
         known = self.distances[rows]
-        better = wrong & (d < known)
+        better = wrong & (d < known) & (d <= self.limit[rows])
         self.adversarial[rows] = x.where(column(better, x), self.adversarial[rows])
         self.distances[rows] = d.where(better, known)
 
@@ -761,6 +761,7 @@ class _Best:
         """
         label = self.labels[rows, None]
         self.left[self.number[rows]] -= 2
+        x = _inside(x)
         with torch.enable_grad():
             z = x.detach().requires_grad_()
             logits = self.network(z)
@@ -875,6 +876,11 @@ def _gradient(values: Tensor, x: Tensor, **graph: bool) -> Tensor:
                 raise
             why = f"no gradient comes through the model ({why})"
         raise ValueError(f"{why}; {_BY_DECISIONS}") from None
+
+
+def _inside(x: Tensor) -> Tensor:
+    """x, off the faces of the box by a rounding: there a network that clips its images has no gradient."""
+    return x.clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps)
 
 
 def _compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -665,6 +665,16 @@ def test_what_does_not_decide_changes_no_distance(how, seed, norm, c, name):
     assert ((found - exact).abs() <= 0.01 * exact + rounded + 1e-6).all()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_network_that_clips_its_images_is_no_farther(norm):
+    """torch's clamp lets no gradient through where a pixel is exactly 0 or 1, as half of these are."""
+    network, (images, labels) = digits_mlp(1, 1.0), digits()
+    images, labels = images[898:918], labels[898:918]
+    clipping, how = Through(network, before=lambda x: x.clamp(0, 1)).eval(), {"norm": norm, "budget": 100}
+    one, other = (attacks.smallest(m, images, labels, generator=seeded(0), **how) for m in (network, clipping))
+    torch.testing.assert_close(other.distances, one.distances, rtol=1e-4, atol=1e-6)
+
+
 class Noisy(nn.Module):
     """Every call adds noise, of a standard deviation that is a share of the image's largest logit."""
 
