@@ -4,6 +4,7 @@
     python benchmarks/attacks.py                                                  # digits, a few minutes
     python benchmarks/attacks.py --data cifar10 --data-dir cifar --cache cifar_cnn.pt --images 24
     python benchmarks/attacks.py --data imagenet --data-dir imagenet --topk 5 --images 8
+    python benchmarks/attacks.py --budgets                                        # no peers: `smallest` at every budget
     python benchmarks/attacks.py --data exact                                     # no peers: against exact distances
 
 --data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images (cifar10) or val/<class>/*.JPEG, shrunk to
@@ -431,6 +432,19 @@ def compare(model: nn.Module, images: Tensor, labels: Tensor, norm: str, topk: i
     namesakes(theirs, run, topk)
 
 
+def by_budget(model: nn.Module, images: Tensor, labels: Tensor, norm: str, topk: int) -> None:
+    """`smallest` at budgets from 30 calls on, relative to the least that it found for an image at any of them."""
+    budgets = (30, 100, 200, attacks.CALLS, 400, 1000, 2000, float("inf"))
+    how = {"norm": norm, "topk": topk, "check": False}
+    found = [attacks.smallest(model, images, labels, budget=b, generator=seeded(), **how) for b in budgets]
+    least = torch.stack([one.distances for one in found]).amin(dim=0)
+    print(f"\n{norm}, top {topk}, n = {len(images)}\n")
+    print("| budget | calls, mean | found / least: mean | worst |\n|---|---|---|---|")
+    for budget, one in zip(budgets, found, strict=True):
+        ratio = one.distances / least
+        print(f"| {budget:g} | {sum(one.calls.values()):.0f} | {ratio.mean():.4f} | {ratio.max():.3f} |", flush=True)
+
+
 # Exact distances -------------------------------------------------------------------------------------------
 
 
@@ -481,6 +495,7 @@ def main(
     topk: Annotated[int, typer.Option(help="out of how many likeliest classes an image is to be moved")] = 1,
     seed: Annotated[int, typer.Option(help="of the network, if not in --cache; other images for each")] = 0,
     norms: Annotated[str, typer.Option(help="comma-separated")] = "linf,l2",
+    budgets: Annotated[bool, typer.Option("--budgets", help="`smallest` alone, at several budgets")] = False,
 ) -> None:
     """Print one table per norm."""
     warnings.simplefilter("ignore")
@@ -491,7 +506,7 @@ def main(
     model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
     print(f"lam {lam}, seed {seed}, one thread, torch {torch.__version__}")
     for norm in norms.split(","):
-        compare(model, x, y, norm, topk)
+        (by_budget if budgets else compare)(model, x, y, norm, topk)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from oracle import closed_form, digits, digits_mlp, exact_linf_distance, linear
+from oracle import Looks, closed_form, digits, digits_mlp, exact_linf_distance, linear
 from torch import nn
 
 import attacks
@@ -93,7 +93,7 @@ def test_boundary_is_within_five_percent_of_a_linear_classifier(norm, classes, d
 @pytest.mark.parametrize("shape", [(64,), (3, 20, 12), (2, 8, 8), (4, 6)])
 def test_moves_aside_are_orthonormal_bases_of_ever_finer_images(shape):
     """Where nothing is interpolated: the first n vectors, or those after the coarse ones."""
-    moves, n = attacks._directions(shape, seeded(0)), int(np.prod(shape))
+    moves, n = attacks._directions(torch.zeros(1, *shape), seeded(0)), int(np.prod(shape))
     coarse = shape[0] * int(np.prod([min(8, side) for side in shape[1:]])) if len(shape) == 3 else n
     first = torch.stack(list(itertools.islice(moves, coarse)))
     torch.testing.assert_close(first.norm(dim=1), torch.ones(coarse))
@@ -349,7 +349,7 @@ def test_pgd_for_training_ascends_the_loss_and_leaves_the_mode_alone():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", [*attacks.SUITE, "refine"])
+@pytest.mark.parametrize("name", attacks.SUITE)
 def test_a_start_is_never_made_worse(name, norm):
     model, (images, labels) = digits_mlp(0), digits()
     images, labels = images[898:930], labels[898:930]
@@ -367,7 +367,7 @@ def test_a_start_is_never_made_worse(name, norm):
 def test_smallest_is_no_larger_than_any_attack_and_says_who_found_it(norm):
     model, (images, labels) = digits_mlp(1, 1.0), digits()
     images, labels = images[908:928], labels[908:928]
-    result = attacks.smallest(model, images, labels, norm=norm, patience=9, generator=seeded(0))
+    result = attacks.smallest(model, images, labels, norm=norm, budget=math.inf, generator=seeded(0))
     clean = model(images).argmax(1) != labels
     assert clean.any()
     assert (result.distances == 0).equal(clean)
@@ -418,10 +418,10 @@ class Counting(nn.Module):
 def test_calls_are_counted_and_the_budget_is_kept(budget):
     model, (images, labels) = Counting(digits_mlp(0)).eval(), digits()
     images, labels = images[898:906], labels[898:906]
-    result = attacks.smallest(model, images, labels, norm="linf", budget=budget, patience=9, generator=seeded(0))
+    result = attacks.smallest(model, images, labels, norm="linf", budget=budget, generator=seeded(0))
     assert sum(result.calls.values()) == pytest.approx(model.calls / 8)
     assert model.calls / 8 <= budget + 5 + 1 / 8
-    ran = {10: ["fab"], 33: ["fab"], 300: ["fab", "boundary"], math.inf: attacks.SUITE}.get(budget, [])
+    ran = {10: ["fab"], 33: ["fab"], 300: ["fab", "pgd", "boundary"], math.inf: attacks.SUITE}.get(budget, [])
     assert set(ran) <= set(result.calls) - {"check", "retest"} <= set(ran or attacks.SUITE)
     assert result.distances.isfinite().all()
 
@@ -447,7 +447,7 @@ def test_a_larger_budget_is_never_worse_and_is_each_images_own(seed, norm, topk,
     assert (nearer <= near * (1 + 1e-6)).all()
     alone = [measure(row, less) for row in every.split(1)]
     torch.testing.assert_close(torch.cat([distance for distance, _ in alone]), near, rtol=1e-6, atol=1e-10)
-    assert all(calls <= less for distance, calls in alone if distance.isfinite())
+    assert all(calls <= less for distance, calls in alone if distance.isfinite() and less < attacks.CALLS)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -456,11 +456,11 @@ def test_boundary_comes_near_the_attacks_with_gradients_on_a_network(norm):
     model, (images, labels) = digits_mlp(1, 1.0), digits()
     images, labels = images[898:948], labels[898:948]
     best = attacks.distance(images, run("fab", model, images, labels, norm=norm), norm).mean()
-    for calls, walks, begun, tolerance in ((1000, None, 2, 0.12), (3000, None, 8, 0.06), (3000, 2, 2, 0.1)):
+    for calls, walks, begun, tolerance in ((1000, None, 3, 0.12), (3000, None, 11, 0.06), (3000, 2, 2, 0.1)):
         counted = attacks._Network(model)
         found = run("boundary", counted, images, labels, norm=norm, calls=calls, walks=walks)
         assert attacks.distance(images, found, norm).mean() <= (1 + tolerance) * best
-        assert 0.9 * calls <= counted.take(len(images)) <= calls + 51 * begun + 1 + attacks._RUNS
+        assert 0.85 * calls <= counted.take(len(images)) <= calls + 51 * begun + 1 + attacks._RUNS
 
 
 @pytest.mark.parametrize(
@@ -475,12 +475,13 @@ def test_no_attack_takes_more_calls_than_it_is_said_to(norm, topk, seed):
     model = small_network(generator, (30,), classes=12)
     images = torch.rand(4, 30, generator=generator)
     labels = model(images).argmax(1)
-    for name, forms in attacks._FORMS.items():
-        for search, most in forms if name != "fab" else ():  # fab takes what there is
-            best = attacks._Best(model, images, labels, norm, topk)
-            best.left[:] = most + topk - 1
-            search(best.part(best.todo(), keep=len(forms) > 1), generator=seeded(seed))
-            assert (best.left >= 0).all(), name
+    start = run("fab", model, images, labels, norm=norm, topk=topk, steps=20, restarts=0)
+    for name, search, most, _ in attacks._LADDER:
+        best = attacks._Best(model, images, labels, norm, topk, start)
+        best.left[:] = most + topk - 1
+        best.network.take(1)
+        search(best.part(best.todo(), keep=name not in ("logbarrier", "carlini_wagner")), generator=seeded(seed))
+        assert best.network.take(len(images)) <= most + topk - 1, name
 
 
 def test_images_that_nothing_brings_nearer_are_left_alone():
@@ -488,8 +489,8 @@ def test_images_that_nothing_brings_nearer_are_left_alone():
     model = linear(generator, 3, 20)
     images = 0.3 + 0.4 * torch.rand(5, 20, generator=generator)
     result = attacks.smallest(model, images, model(images).argmax(1), norm="l2", generator=seeded(0))
-    assert set(result.calls) == {"check", "fab", "pgd", "boundary", "retest"}  # two idle attacks besides the first
-    assert result.calls["boundary"] < 200  # and this in its short form alone
+    assert set(result.calls) == {"check", "fab", "pgd", "boundary", "retest"}
+    assert sum(result.calls.values()) <= attacks.CALLS + 5 + 1 / 5
     assert result.attacks == ["fab"] * 5
 
 
@@ -564,6 +565,36 @@ def test_gradients_that_lie_are_seen_through_by_the_default(norm, share):
         assert found[right].mean() <= 1.01 * alone[right].mean(), name
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("share", [None, 0, 0.5, 1])
+def test_gradients_are_doubted_where_they_lie_and_nowhere_else(norm, share):
+    """On networks that mask nothing (None) no image costs more than the budget; on others almost all are doubted."""
+    (images, labels), honest, stranger = digits(), digits_mlp(0), digits_mlp(1, 1.0)
+    images, labels = images[898:948], labels[898:948]
+    model = honest if share is None else Pretending(honest, lambda x: share * stranger(x) + (1 - share) * honest(x))
+    best = attacks._Best(model.eval(), images, labels, norm, 1)
+    attacks.fab.search(best, generator=seeded(0), steps=20, targets=2, restarts=1)
+    doubted = attacks._in_ball(best, generator=seeded(0))[best.todo()]
+    assert not doubted.any() if share is None else doubted.double().mean() >= 0.9
+    if share is None:
+        calls = attacks.smallest(model, images, labels, norm=norm, check=False, generator=seeded(0)).calls
+        assert sum(calls.values()) <= attacks.CALLS
+
+
+@pytest.mark.parametrize("name", [*attacks.SUITE, "smallest"])
+def test_a_device_is_waited_for_about_once_a_step(name):
+    """How often Python looks at what a tensor holds, for each forward pass, whatever the number of images.
+
+    `project` makes sure that nothing leaves the ball, however it is rounded: two more looks a step of pgd.
+    """
+    model, (images, labels) = Through(digits_mlp(0)).eval(), digits()
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    with Looks() as looks:
+        run(name, model, images[898:928], labels[898:928], norm="linf")
+    assert looks.count <= {"pgd": 3.2, "smallest": 2.5}.get(name, 2) * len(passes) + 60
+
+
 def test_l1_and_unknown_norms_are_refused():
     model, (images, labels) = digits_mlp(0), digits()
     for name in (*attacks.SUITE, "smallest"):
@@ -632,6 +663,16 @@ def test_what_does_not_decide_changes_no_distance(how, seed, norm, c, name):
     offset = {"offset": abs(c), "offset, bfloat16": abs(c) / 100}.get(how, 0)
     rounded = 8 * roundoff * (logits.abs().amax(1) + offset) / slope
     assert ((found - exact).abs() <= 0.01 * exact + rounded + 1e-6).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_network_that_clips_its_images_is_no_farther(norm):
+    """torch's clamp lets no gradient through where a pixel is exactly 0 or 1, as half of these are."""
+    network, (images, labels) = digits_mlp(1, 1.0), digits()
+    images, labels = images[898:918], labels[898:918]
+    clipping, how = Through(network, before=lambda x: x.clamp(0, 1)).eval(), {"norm": norm, "budget": 100}
+    one, other = (attacks.smallest(m, images, labels, generator=seeded(0), **how) for m in (network, clipping))
+    torch.testing.assert_close(other.distances, one.distances, rtol=1e-4, atol=1e-6)
 
 
 class Noisy(nn.Module):
@@ -812,7 +853,7 @@ def test_networks_without_gradients_are_attacked_by_decisions_alone(kind):
     assert (found >= 0.9 * exact - 0.02).all()
     for name in (*WHITE_BOX, "smallest", "check_model"):
         options = {} if name == "check_model" else {"norm": "l2"}
-        with pytest.raises(ValueError, match="no gradient comes through the model"):
+        with pytest.raises(ValueError, match=r"no gradient comes through .*attacks=\[\"boundary\"\]"):
             getattr(attacks, name)(model, images, labels, **options)
 
 
@@ -846,9 +887,9 @@ def test_what_was_asked_for_is_named():
             attacks.pgd(model, images, labels, eps=0.1, step_size=wrong, loss=gradreg.cross_entropy, **how)
         with pytest.raises(ValueError, match=r"start must be .* in \[0, 1\]"):
             attacks.fab(model, images, labels, start=images + wrong * 10, **how)
-    for wrong in ({"budget": math.nan}, {"budget": 9.5}, {"patience": 0}):
-        with pytest.raises(ValueError, match="budget must be at least 10 and patience positive"):
-            attacks.smallest(model, images, labels, **wrong, **how)
+    for wrong in (math.nan, 9.5):
+        with pytest.raises(ValueError, match="budget must be at least 10 calls an image"):
+            attacks.smallest(model, images, labels, budget=wrong, **how)
     for attack, wrong in (
         ("pgd", {"restarts": 0}),
         ("pgd", {"steps": 0}),
@@ -867,7 +908,7 @@ anything = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, -0.1, 0.0, 
 
 
 @given(
-    name=st.sampled_from([*attacks.SUITE, "refine", "smallest", "pgd on a loss"]),
+    name=st.sampled_from([*attacks.SUITE, "smallest", "pgd on a loss"]),
     norm=st.sampled_from(NORMS),
     seed=seeds,
     low=anything,
@@ -882,9 +923,7 @@ def test_an_answer_or_one_line_for_any_box_and_any_eps(name, norm, seed, low, hi
     images = torch.rand(3, 6, generator=generator)
     images = low + (high - low) * images if wrong else images
     labels = torch.tensor([0, 1, 2])
-    options = {"fab": {"restarts": 0}, "smallest": {"attacks": ["pgd"]}, "refine": {"start": images.flip(0)}}.get(
-        name, {}
-    )
+    options = {"fab": {"restarts": 0}, "smallest": {"attacks": ["pgd"]}}.get(name, {})
     if in_ball := name.startswith("pgd"):
         options = {"eps": eps, "steps": 5} | ({"loss": gradreg.cross_entropy} if name == "pgd on a loss" else {})
     in_box = bool(((images >= 0) & (images <= 1)).all())
