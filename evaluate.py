@@ -52,7 +52,7 @@ from runs import Failure, Stop, World, read_checkpoint, refuse_if_running, repla
 
 BLOCK, VALUES = 100, 25 * 3 * 224**2  # images in a part, and numbers in these, at most: what memory may hold
 PART = 40.0  # seconds that a part takes, at most, at the speed that was measured first
-BUDGET = 400  # calls an image and norm
+BUDGET = attacks.CALLS  # calls an image and norm
 RADII = {  # at which errors are reported: those of Tables 1 and 6, and what the 8x8 digits need
     "l2": {"0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1.0": 1.0, "1.25": 1.25, "1.5": 1.5},
     "linf": {"2_255": 2 / 255, "8_255": 8 / 255, "32_255": 32 / 255},
