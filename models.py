@@ -41,7 +41,7 @@ CIFAR10_MEAN, CIFAR10_STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
 NORMALIZED = {"resnet9", "resnet9-narrow", "resnet50"}  # models whose first layer is Normalize
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "celu": nn.CELU}
 RELEASED = {  # SHA-256 of the authors' CIFAR-10 checkpoints: undefended, 7-step AT, L1 and L2 with lambda 0.1 and 1
     "38d72d9b381526cbe9eefc0959fc10dad4ff223ed3fd5e60c6ccee363d310912",
     "9c1a529163c04b42822cc2bd4489a838c9ae91af684505b4dbd88edc90dcefae",

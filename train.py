@@ -100,7 +100,7 @@ class Options:
     sigma: float = baseline(0.25, "standard deviation", of="noise")
     recipe: Literal["paper", "fast"] = training("paper", "fast: for small colour images and two CPU cores", of="")
     model: str = training("resnext34", "cnn, resnext34, resnext34-authors, resnet9, resnet9-narrow or resnet50")
-    activation: Literal["relu", "gelu", "silu"] = training("relu", "in the place of every ReLU")
+    activation: Literal["relu", "gelu", "silu", "celu"] = training("relu", "in the place of every ReLU")
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
     accumulate: int = training(1, "parts in which a process takes its share of a batch, for small devices")
