@@ -47,7 +47,7 @@ NAMES = "digits", "cifar10", "imagenet"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images up to this size are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
-EXPECTED = "expected train/<class>/*, and test/ or val/ beside it"
+EXPECTED = "expected train/<class>/*, and test/ or val/ beside it (train.py keeps a share of train/ with --split 0.2)"
 UNFINISHED = "unfinished"  # the file that marks a folder of copies to which some are still to come
 
 Shape = tuple[int, int]  # height, width

@@ -35,6 +35,7 @@ BUDGET = 40 * 7  # epochs times units of a step
 UNITS = {"none": 3, "exact": 6, "fd": 7, "at": 3 + 2 * 7}
 WEIGHTS = {"l2": ("1", "3"), "linf": ("1", "3")}
 RADII = {"l2": ("0.25", "0.5"), "linf": ("0.05", "0.1")}
+MEASURED = "activations-{}.json"  # in a run: what is known of so many images
 REPORTED = {"l2": 0.5, "linf": 0.1}  # radii of the errors in the table
 
 
@@ -68,8 +69,10 @@ def rows() -> list[Row]:
     return found
 
 
-def trained(row: Row, seed: int, root: Path) -> Path:
-    """The run of a network, begun or gone on with."""
+def trained(row: Row, seed: int, root: Path, images: int) -> Path:
+    """The run of a network, begun or gone on with unless it is measured already."""
+    if (root / row.name(seed) / MEASURED.format(images)).exists():
+        return root / row.name(seed)
     arguments = [*row.options(seed), "--runs", str(root), "--name", row.name(seed)]
     sys.argv, said = ["train.py", *arguments], io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -81,7 +84,7 @@ def trained(row: Row, seed: int, root: Path) -> Path:
 
 def measure(path: Path, images: int) -> dict[str, Any]:
     """Clean error of all test images, distances of the first ones; kept in the run, and read from there."""
-    file = path / f"activations-{images}.json"
+    file = path / MEASURED.format(images)
     if file.exists():
         return json.loads(file.read_text())
     status = json.loads((path / "status.json").read_text())
@@ -128,7 +131,7 @@ def main(
     for row, seed in track(
         [(row, seed) for seed in range(seeds) for row in found], "training", disable=not sys.stdout.isatty()
     ):
-        found[row].append(measure(trained(row, seed, root), images))
+        found[row].append(measure(trained(row, seed, root, images), images))
     columns = "| activation | method | norm | weight or radius | clean error % "
     columns += "".join(f"| mean {n} distance | error % at {n} {r:g} " for n, r in REPORTED.items()) + "| seconds |"
     print(columns, "|---" * (columns.count("|") - 1) + "|", *(line(row, each) for row, each in found.items()), sep="\n")
