@@ -25,7 +25,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.pool import ThreadPool
@@ -47,7 +47,7 @@ NAMES = "digits", "cifar10", "imagenet"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images up to this size are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
-EXPECTED = "expected train/<class>/*, and test/ or val/ beside it"
+EXPECTED = "expected train/<class>/*, and test/ or val/ beside it (train.py keeps a share of train/ with --split 0.2)"
 UNFINISHED = "unfinished"  # the file that marks a folder of copies to which some are still to come
 
 Shape = tuple[int, int]  # height, width
@@ -424,6 +424,17 @@ class Data:
     def notes(self) -> list[str]:
         """Lines for the user, on what is odd about the folders."""
         return [*self.train.notes, *self.test.notes]
+
+    @property
+    def short_side(self) -> int:
+        """Median short side of the training images, in pixels; of a hundred of them where they are files."""
+        if self.small:
+            return min(self.train.images.shape[2:])
+        sides = []
+        for i in order(len(self.train), seed=0, epoch=0)[:100]:
+            with suppress(DataError), open_image(self.train.path(i)) as image:
+                sides.append(min(image.size))
+        return int(np.median(sides or self.train.size))
 
     def at(self, *, size: int, min_scale: float, rectangular: bool, cutout: bool = True) -> "Data":
         """The same images at another size; images held in memory stay as they are, augmented with or without cutout.

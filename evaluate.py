@@ -245,7 +245,8 @@ def open_run(path: Path, settings: Settings) -> Target:
     trained = options["phases"][-1]["size"] if isinstance(source, data.Files) and "phases" in options else None
     topk = settings.topk or (5 if options["dataset"] == "imagenet" else 1)
     about = path.name, network, path / "evaluation", Path(options["dataset"]).name
-    target = Target(*about, at_size(source, settings.size or trained), classes, topk, config)
+    code = models.source_of(options["model"]) if models.is_file(options["model"]) else b""
+    target = Target(*about, at_size(source, settings.size or trained), classes, topk, config, code=code)
     target.step, target.seconds = state["step"], state.get("seconds")
     return target
 

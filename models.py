@@ -5,17 +5,20 @@
     resnext34-authors  the same as the authors trained it: batch normalization and a ReLU on the logits
     resnet9            nine layers that learn CIFAR-10 in minutes; resnet9-narrow: half as wide
     resnet50           the paper's ImageNet network, from torchvision; each block starts as the identity
+    torchvision:NAME   any other classifier of torchvision, behind ImageNet's normalization
+    FILE.py:FACTORY    anybody's: what a function or a class in a file makes
 
 Normalization of the input, where a network wants it, is its first layer, so that every distance and every
-step size in this project is in pixels.  Any activation can take the place of every ReLU.
+step size in this project is in pixels.  Any activation can take the place of every ReLU that is a module.
 """
 
+import argparse
 import builtins
 import contextlib
+import difflib
 import hashlib
 import importlib
 import inspect
-import io
 import itertools
 import os
 import pkgutil
@@ -34,22 +37,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from runs import Unusable, read_checkpoint
+from runs import Unusable, launched, read_checkpoint, resolve
 
 CIFAR10_MEAN, CIFAR10_STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
 NORMALIZED = {"resnet9", "resnet9-narrow", "resnet50"}  # models whose first layer is Normalize
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-RELEASED = {  # SHA-256 of the authors' CIFAR-10 checkpoints: undefended, 7-step AT, L1 and L2 with lambda 0.1 and 1
-    "38d72d9b381526cbe9eefc0959fc10dad4ff223ed3fd5e60c6ccee363d310912",
-    "9c1a529163c04b42822cc2bd4489a838c9ae91af684505b4dbd88edc90dcefae",
-    "71c74e337246dcdf6a6f415ae10cb97c86c107b0fc000f84d9a73831010dc774",
-    "7bd823def74986a91cf3a35bf80842174fa87f93844ed6036c35c9630d40e9cd",
-    "a8be9ebb2c374fda5caa464a73fb48d078d574b1c847102cb0e311adcb06bd7f",
-    "723c491e8f2e490931c239465950ea134e061fe095350d8a82e7a0c5a0473e83",
-}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "celu": nn.CELU}
+RECTIFIERS = nn.ReLU, nn.ReLU6, nn.LeakyReLU  # modules in whose place an activation can be put
+# Around or in front of the names of weights; what a file may hold beside them, numpy's numbers and argparse's options.
+WRAPPINGS = "state_dict", "model_state_dict", "model", "network", "net"
+PREFIXES = "module.", "_orig_mod.", "network.", "model.", "net."
+SCALAR = np.float64(0).__reduce__()[0]
+HARMLESS = [np.dtype, type(np.dtype(float)), SCALAR, (SCALAR, "numpy.core.multiarray.scalar"), argparse.Namespace]
+SOURCE = "source.txt"  # of a run: the code of a user's network, to read
 CLASSES = "classes", "num_classes", "n_classes"  # names of a factory's parameter for the number of classes
 # Files that came with Python or by pip, none of a user's own.
 INSTALLED = re.compile(rf"[\\/](site|dist)-packages[\\/]|^<|^{re.escape(os.path.dirname(os.__file__))}")
@@ -209,41 +212,89 @@ MODELS = {
 }
 
 
-def build(name: str, *, classes: int, channels: int = 3, activation: str = "relu") -> nn.Module:
-    """The network `name`: images (N, channels, H, W) -> logits (N, classes).  Weights: torch's default generator.
+def build(name: str, *, classes: int, channels: int = 3, activation: str = "relu", seed: int = 0) -> nn.Module:
+    """The network `name`: images (N, channels, H, W) -> logits (N, classes).
 
-    Raises ValueError for an unknown name or activation, or a number of channels the network does not take.
+    Weights are drawn from torch's default generator; those of FILE.py:FACTORY depend on the seed.  Raises Unusable for
+    an unknown name or activation, a number of channels the network does not take, and what `from_file` refuses.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
-    if name != "cnn" and channels != 3:
-        raise ValueError(f"model {name} takes colour images (3 channels), these have {channels}: use the model cnn")
-    network = cnn(classes, channels) if name == "cnn" else MODELS[name](classes)
-    return with_activation(network, activation)
+        raise Unusable(f"unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
+    if is_file(name):
+        network = from_file(name, classes=classes, seed=seed)
+    elif name == "cnn":
+        network = cnn(classes, channels)
+    elif name not in MODELS and not name.startswith("torchvision:"):
+        raise Unusable(f"unknown model {name!r}: choose from {', '.join(MODELS)}, torchvision:NAME and FILE.py:FACTORY")
+    elif channels != 3:
+        raise Unusable(f"model {name} takes colour images (3 channels), these have {channels}: use the model cnn")
+    else:
+        network = MODELS[name](classes) if name in MODELS else from_torchvision(name, classes)
+    return network if activation == "relu" else with_activation(network, activation)
+
+
+def from_torchvision(name: str, classes: int) -> nn.Module:
+    """torchvision:NAME with random weights, behind the normalization that torchvision's weights want."""
+    from torchvision import models as theirs
+
+    names, wanted = theirs.list_models(module=theirs), name.partition(":")[2]
+    if wanted not in names:
+        like = ", ".join(difflib.get_close_matches(wanted, names) or [*names[:5], "..."])
+        raise Unusable(f"{name}: no classifier of torchvision; there are {like}")
+    with one_line(name):
+        return nn.Sequential(Normalize(IMAGENET_MEAN, IMAGENET_STD), theirs.get_model(wanted, num_classes=classes))
 
 
 def with_activation(network: nn.Module, activation: str) -> nn.Module:
-    """The same network, changed in place, with every ReLU replaced by `activation`."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, ACTIVATIONS[activation]())
+    """The same network, changed in place, with `activation` for every ReLU, ReLU6 and LeakyReLU that is a module.
+
+    Raises Unusable where there is none.  What calls torch's relu function stays: `hidden_relus` counts it.
+    """
+    names = [name for name, m in network.named_modules(remove_duplicate=False) if isinstance(m, RECTIFIERS)]
+    if not names:
+        reason = "a relu that is called as a function cannot be replaced: write nn.ReLU() in its place"
+        raise Unusable(f"--activation {activation}: there is no ReLU among the network's modules, and {reason}")
+    for name in names:
+        network.set_submodule(name, ACTIVATIONS[activation]())
     return network
+
+
+@torch.no_grad()
+def hidden_relus(network: nn.Module, images: Tensor) -> int:
+    """How often a forward pass calls relu or what is like it: after `with_activation`, as functions."""
+    aten, found = torch.ops.aten, []
+    likes = {aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.leaky_relu, aten.leaky_relu_}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(function.overloadpacket in likes)
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        network(images)
+    return sum(found)
+
+
+# --- trained networks, and weights ------------------------------------------------------------------------
 
 
 def load(path: str | os.PathLike) -> nn.Module:
     """The trained network of a run directory or a checkpoint file, in evaluation mode, on the CPU.
 
-    Raises Unusable where `read_checkpoint` does or where the weights do not fit the network.
+    Where it is FILE.py:FACTORY, that file is executed; what has changed in it since is said before.  Raises Unusable
+    where `read_checkpoint` or `from_file` does, or where the weights do not fit the network.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     state = read_checkpoint(path)
     try:
+        for line in changed_since(state["config"], path.parent):
+            if launched()[0] == 0:
+                print(f"warning: {path}: {line}", file=sys.stderr)
         network = from_config(state["config"])
         network.load_state_dict(state["model"])
+    except Unusable as error:
+        raise Unusable(f"{path}: {error}") from None
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
         raise Unusable(f"{path}: the weights do not fit the network its config names") from None
     return network.eval()
@@ -251,37 +302,119 @@ def load(path: str | os.PathLike) -> nn.Module:
 
 def from_config(config: dict[str, Any]) -> nn.Module:
     """The network that a run's config describes, with fresh weights."""
-    sizes = {key: config[key] for key in ("classes", "channels")}
-    return build(config["options"]["model"], **sizes, activation=config["options"]["activation"])
+    options, sizes = config["options"], {key: config[key] for key in ("classes", "channels")}
+    return build(options["model"], **sizes, activation=options["activation"], seed=options.get("seed", 0))
+
+
+def changed_since(config: dict[str, Any], run: Path) -> list[str]:
+    """A line for each file of a user's network that is not as it was when the run began, before it is executed.
+
+    Raises Unusable for a file in the run directory itself: what came with a run is data, and is never executed.
+    """
+    file = Path(config["options"]["model"].rpartition(":")[0])
+    if is_file(config["options"]["model"]) and file.resolve().is_relative_to(run.resolve()):
+        raise Unusable(f"{file} lies in the run itself, from where nothing is executed: look at it, and move it away")
+    now = {name: _digest(name) if Path(name).is_file() else None for name in config.get("sources", {})}
+    changed = [name for name, digest in now.items() if digest != config["sources"][name]]
+    how = {name: "has changed since this run began" if now[name] else "is gone" for name in changed}
+    return [f"{name} {how[name]}: {run}/{SOURCE} has what it was" for name in changed]
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a state dict, by name: of a .pt, .pth or .safetensors file, or a run; on the CPU.
+
+    Dictionaries around it, with an epoch or an optimizer beside it, are looked through (WRAPPINGS).  Nothing in the
+    file is executed.  Raises Unusable where that would be needed, or where there are no weights.
+    """
+    path = resolve(Path(path))
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(action="ignore"):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise Unusable(f"{path}: pip install safetensors reads it, or torch.save its state dict as .pt") from None
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # torch's and safetensors', of any kind
+        if objects := re.findall(r"GLOBAL (\S+) was|(TorchScript) archive", str(error)):
+            reason = f"more than weights ({''.join(objects[0])}), and reading that executes code; in the program that"
+            reason += " made it, torch.save(network.state_dict(), 'weights.pt') saves weights alone"
+            raise Unusable(f"{path}: it holds {reason}") from None
+        raise Unusable(f"{path}: not a file of weights ({type(error).__name__})") from None
+    while isinstance(found, dict) and (inner := [found[k] for k in WRAPPINGS if isinstance(found.get(k), dict)]):
+        found = inner[0]
+    weights = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    if not weights or not all(isinstance(name, str) for name in weights):
+        raise Unusable(f"{path}: no state dict in it; torch.save(network.state_dict(), 'weights.pt') makes one")
+    return weights
+
+
+def initialise(network: nn.Module, path: str | os.PathLike, *, classes: int, new_head: bool = False) -> list[str]:
+    """Give the network the weights of `read_weights`, all of them; lines for the user on what was left out.
+
+    Prefixes that wrappers add (PREFIXES) and a normalization in front that the file does not have are seen through.
+    new_head: weights that differ in the number of classes alone, or lack in the file, keep what they are.  Raises
+    Unusable, with names and shapes, for anything else that does not fit, and for weights that are not finite.
+    """
+    theirs, candidates, prefix = read_weights(path), [], ""
+    while prefix is not None:
+        theirs = {name.removeprefix(prefix): value for name, value in theirs.items()}
+        candidates += [(module, theirs) for module in (network, coordinates(network)[1])]
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in theirs)), None)
+    module, theirs = max(candidates, key=lambda pair: len(pair[0].state_dict().keys() & pair[1].keys()))
+    ours = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    there, here = ({name: tuple(value.shape) for name, value in state.items()} for state in (theirs, ours))
+    odd = {n for n in there | here if there.get(n) != here.get(n)}
+    odd -= {n for n in odd if n.endswith("num_batches_tracked") and n in here}  # not in files of old
+    head = {n for n in odd if here.get(n, ())[:1] == (classes,) and there.get(n, here[n])[1:] == here[n][1:]}
+    if wrong := sorted(odd - head if new_head else odd):
+        shown = "; ".join(f"{n}: {there.get(n, 'nothing')} there, {here.get(n, 'nothing')} here" for n in wrong[:3])
+        way = "; --new-head leaves out the last layer, for another number of classes" * (odd == head)
+        raise Unusable(f"{path}: does not fit the network in {len(wrong)} of {len(there | here)} weights: {shown}{way}")
+    if new_head and not head:
+        raise Unusable(f"--new-head: all of {path} fits the network, for {classes} classes: leave it out")
+    if broken := [name for name, value in theirs.items() if not value.isfinite().all()]:
+        raise Unusable(f"{path}: {broken[0]} is not finite (weights that are not: {len(broken)})")
+    module.load_state_dict({name: value for name, value in theirs.items() if name not in head}, strict=False)
+    return [f"--new-head: {', '.join(sorted(head))} not taken from {path}: they begin at random"] if head else []
 
 
 def from_release(path: str | os.PathLike) -> nn.Module:
     """The network in a CIFAR-10 checkpoint of the authors' release, as resnext34-authors, in evaluation mode.
 
-    github.com/cfinlay/tulip names the files, with their SHA-256 (cifar10/fetch_model.py).  Their layers come in our
-    order, and so do the kernels and linear maps (of two or more dimensions) and, apart, the vectors of biases and
-    normalizations; scales fixed at 1 are ours alone.  Nothing in the file is executed.  Raises Unusable where the
-    number or the shapes of the weights do not fit; warns of a file that is none of theirs.
+    github.com/cfinlay/tulip names the files, with a SHA-256 to compare (cifar10/fetch_model.py).  Their layers come
+    in our order, and so do the kernels and linear maps (of two or more dimensions) and, apart, the vectors of biases
+    and normalizations; scales fixed at 1 are ours alone.  Raises Unusable where `read_weights` does, or where number
+    or shapes of the weights do not fit.
     """
-    network = build("resnext34-authors", classes=10)
+    network, theirs = build("resnext34-authors", classes=10), read_weights(path)
     fixed = {name for name, weight in network.named_parameters() if not weight.requires_grad}
     ours = {name: value for name, value in network.state_dict().items() if name not in fixed}
-    scalar = np.float64(0).__reduce__()[0]  # numpy's, in which the file has its test error
-    known = [np.dtype, type(np.dtype(float)), scalar, (scalar, "numpy.core.multiarray.scalar")]
+    orders = (sorted(state, key=lambda name, state=state: state[name].dim() < 2) for state in (ours, theirs))
     try:
-        content = Path(path).read_bytes()
-        with torch.serialization.safe_globals(known):
-            theirs = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]
-        orders = (sorted(state, key=lambda name, state=state: state[name].dim() < 2) for state in (ours, theirs))
         network.load_state_dict({name: theirs[other] for name, other in zip(*orders, strict=True)}, strict=False)
-    except Exception as error:  # torch's, of any kind, and those of the two lines above
-        raise Unusable(f"{path}: not a CIFAR-10 checkpoint of the authors' release ({type(error).__name__})") from None
-    if hashlib.sha256(content).hexdigest() not in RELEASED:
-        warnings.warn(f"{path}: its SHA-256 is none of the release's: not a network of the paper", stacklevel=2)
+    except (ValueError, RuntimeError):
+        raise Unusable(f"{path}: not a CIFAR-10 checkpoint of the authors' release") from None
     return network.eval()
 
 
 # --- anybody's network: FILE.py:FACTORY --------------------------------------------------------------------
+
+
+def is_file(name: str) -> bool:
+    """Whether the name of a network means a user's file: FILE.py:FACTORY, or FILE.py, where FACTORY was forgotten."""
+    return name.endswith(".py") or name.rpartition(":")[0].endswith(".py")
+
+
+def absolute(name: str) -> str:
+    """The name of a user's file, FILE.py:FACTORY or weights, in a form that holds from any working directory."""
+    file, colon, factory = name.rpartition(":") if is_file(name) and not name.endswith(".py") else (name, "", "")
+    return os.path.abspath(file) + colon + factory if is_file(name) or os.path.exists(name) else name
 
 
 def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
@@ -300,7 +433,7 @@ def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
     place, dtype, argv = Neighbours(Path(file).resolve()), torch.get_default_dtype(), sys.argv
     sys.argv = [file]  # the file may parse its command line, which is not ours
     try:
-        with contextlib.chdir("."), torch.enable_grad(), place.inside(), _one_line(spec):
+        with contextlib.chdir("."), torch.enable_grad(), place.inside(), one_line(spec):
             torch.manual_seed(seed)
             network = found = getattr(importlib.import_module(place.name), factory, None)
             if callable(found) and not isinstance(found, nn.Module):
@@ -331,7 +464,7 @@ def _offers(file: str) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Context: what a user's code raises becomes an Unusable, with the innermost line of the user's own files.
 
     Running out of memory and Ctrl-C are the caller's to handle, and pass through.
@@ -342,7 +475,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not INSTALLED.search(f.filename) and f.filename != __file__]
+        ours = {str(HERE / f"{name}.py") for name in OURS}
+        own = [f for f in frames if not INSTALLED.search(f.filename) and f.filename not in ours]
         said = " ".join(str(error).split())[:300]
         line = ": ".join(filter(None, (what, type(error).__name__, said)))
         if own:
@@ -445,13 +579,26 @@ def name_of_spec(spec: str) -> str:
     return re.sub(r"[^\w.-]", "_", f"{path.stem}-{factory}-{digest}")
 
 
-def source_of(spec: str) -> bytes:
-    """The content of FILE.py and, once `from_file` has loaded it, of every module of the user's that it imported."""
+def files_of(spec: str) -> list[Path]:
+    """FILE.py and, once `from_file` has loaded it, the file of every module of the user's that it imported."""
     file = Path(spec.rpartition(":")[0]).resolve()
     modules = Neighbours.opened[file].modules if file in Neighbours.opened else {}
     theirs = [module for name, module in modules.items() if module is not sys.modules.get(name)]
-    others = {Path(module.__file__) for module in theirs if getattr(module, "__file__", None)} - {file}
-    return b"\n".join(path.read_bytes() for path in [file, *sorted(others)])
+    return [file, *sorted({Path(module.__file__) for module in theirs if getattr(module, "__file__", None)} - {file})]
+
+
+def sources_of(name: str) -> dict[str, str]:
+    """The SHA-256 of each of `files_of`, by its path; empty for a network that is no user's."""
+    return {str(path): _digest(path) for path in (files_of(name) if is_file(name) else [])}
+
+
+def _digest(path: str | os.PathLike) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def source_of(spec: str) -> bytes:
+    """The content of `files_of`, each after a line with its name."""
+    return b"\n".join(f"# --- {path.name}\n".encode() + path.read_bytes() for path in files_of(spec))
 
 
 def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None:
@@ -466,12 +613,12 @@ def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None
         raise Unusable(f"{training[0]} is in training mode (modules that are: {len(training)}): call eval() on it")
     given, weights = images.clone(), next(network.parameters(), images)
     types = f"weights are {weights.dtype} on {weights.device}, images {images.dtype} on {images.device}"
-    with torch.no_grad(), _one_line(f"the forward pass fails ({types})"):
+    with torch.no_grad(), one_line(f"the forward pass fails ({types})"):
         output = network(given)
     if given._version or not torch.equal(given, images):
         raise Unusable("the forward pass changes the images in place: let it begin with x = x.clone()")
-    if complaint := _complaint(output, len(images), classes):
-        raise Unusable(f"{complaint}; expected are logits, a floating-point tensor of shape (images, {classes})")
+    if odd := complaint(output, len(images), classes):
+        raise Unusable(f"{odd}; expected are logits, a floating-point tensor of shape (images, {classes})")
     if (output < 0).any() or ((output.double().sum(1) - 1).abs() >= 1e-2).any():
         return None
     return (
@@ -480,7 +627,7 @@ def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None
     )
 
 
-def _complaint(output: Any, n: int, classes: int) -> str | None:
+def complaint(output: Any, n: int, classes: int) -> str | None:
     """What is wrong with the output for n images, and how to wrap the network; None where nothing is."""
     wrap = "wrap it in a module whose forward returns"
     if not isinstance(output, Tensor):

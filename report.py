@@ -198,6 +198,7 @@ RECIPES = {
     "imagenet": {"model": ("resnet50",), "epochs": (29,), "penalty_space": ("normalized",)},
 }
 COMMON = {"activation": ("relu",), "central": (False,), "subset": (None,)}
+COMMON |= {"unsquared": (None, False), "init": (None,)}  # which runs of before do not have
 
 
 def paper_rows(number: str, dataset: str) -> dict[str, Row]:

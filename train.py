@@ -4,6 +4,7 @@
     python train.py cifar10 --data-dir DIR      the paper's CIFAR-10 recipe with Algorithm 1 (on a linear last layer)
     python train.py cifar10 --method at         its baselines: none, at, free, noise
     python train.py cifar10 --recipe fast       a small network and 16 epochs: minutes of a CPU
+    python train.py DIR --model net.py:build --init weights.pt      fine-tune anybody's network
     torchrun --nproc_per_node 4 train.py imagenet --data-dir DIR
     python train.py --resume runs/latest        go on where a run stopped, or was stopped
 
@@ -88,6 +89,8 @@ class Options:
     # The paper's: 1e-3 already costs digits in float32.
     h: float = penalty(0.01, "step of the difference, in the penalty's coordinates", of="fd")
     central: bool = penalty(False, "central differences, for one more forward pass", of="fd")
+    unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact jvp")
+    lam_warmup: float = penalty(0.0, "epochs in which lam rises from 0, linearly", of="fd exact jvp")
     penalty_space: Literal["pixel", "normalized"] = penalty(
         "pixel", "coordinates of gradient and step: as given, or behind the network's first layer", of="fd exact jvp"
     )
@@ -99,8 +102,16 @@ class Options:
     replays: int = baseline(8, "steps on each batch, m; divides the recipe's epochs", of="free")
     sigma: float = baseline(0.25, "standard deviation", of="noise")
     recipe: Literal["paper", "fast"] = training("paper", "fast: for small colour images and two CPU cores", of="")
-    model: str = training("resnext34", "cnn, resnext34, resnext34-authors, resnet9, resnet9-narrow or resnet50")
-    activation: Literal["relu", "gelu", "silu"] = training("relu", "in the place of every ReLU")
+    model: str = training(
+        "resnext34", "cnn, resnext34, resnext34-authors, resnet9, resnet9-narrow, resnet50, torchvision:NAME, or yours:"
+        " FILE.py:FACTORY", metavar="NAME"
+    )  # fmt: skip
+    init: str | None = training(None, "fine-tune these weights: .pt, .pth, .safetensors, or a run", metavar="WEIGHTS")
+    new_head: bool = training(False, "leave out of them a last layer for another number of classes")
+    statistics: Literal["batch", "running"] = training(
+        "batch", "of batch normalization; the running ones stay as they are"
+    )
+    activation: Literal["relu", "gelu", "silu", "celu"] = training("relu", "in the place of every ReLU")
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
     accumulate: int = training(1, "parts in which a process takes its share of a batch, for small devices")
@@ -108,6 +119,9 @@ class Options:
     amp: bool = training(False, "bfloat16 where no digits cancel (not for exact)", of="fd jvp none noise at free")
     channels_last: bool = training(False, "memory layout, faster on recent GPUs with --amp")
     compile: bool = training(False, "torch.compile the network (not for exact, jvp)", of="fd none noise at free")
+    size: int | None = training(
+        None, "pixels a side of images that are decoded from files (a folder: their own, up to 224)"
+    )
     seed: int = training(0, "of weights, order, augmentation, noise and random layers")
     subset: int | None = training(None, "train on N images and test on at most N (all)")
     split: float = training(0.0, "share of a folder's images to keep for testing, where it has no test/ or val/")
@@ -240,13 +254,13 @@ class Objective(nn.Module):
                 logits = network(z)
             return cross_entropy(logits.float(), labels)
 
-        norm, scout = options.norm, rounded if options.amp else None
+        how, scout = {"norm": options.norm, "squared": not options.unsquared}, rounded if options.amp else None
         if method == "fd":
-            return gradreg.fd_penalty(loss_fn, x, norm=norm, h=options.h, central=options.central, scout=scout)
+            return gradreg.fd_penalty(loss_fn, x, h=options.h, central=options.central, scout=scout, **how)
         if method == "exact":
-            return gradreg.exact_penalty(loss_fn, x, norm=norm)
+            return gradreg.exact_penalty(loss_fn, x, **how)
         if method == "jvp":
-            return gradreg.jvp_penalty(loss_fn, x, norm=norm, scout=scout)
+            return gradreg.jvp_penalty(loss_fn, x, scout=scout, **how)
         losses = (scout or loss_fn)(x)
         return Penalised(losses, torch.zeros_like(losses), None)
 
@@ -266,7 +280,10 @@ class Trainer:
         set_precision(self.options)
         torch.manual_seed(self.options.seed)
         self.layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        self.network = models.from_config(config).to(world.device, memory_format=self.layout).train()
+        for line in models.changed_since(config, path):
+            self.run.warn(line)
+        network = models.from_config(config).to(world.device, memory_format=self.layout)
+        self.network = in_training(network, self.options)
         how = {"momentum": 0.9, "nesterov": self.options.nesterov}
         self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, **how)
         self.free = Free(self.options.eps) if self.options.method == "free" else None
@@ -276,7 +293,7 @@ class Trainer:
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """One step of Algorithm 1, or of a baseline, on this process's share of a batch, in --accumulate parts."""
-        self.rate, penalised = self.plan.rate(self.step), self.plan.penalised(self.step)
+        self.rate, self.lam = self.plan.rate(self.step), self.plan.lam(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         inputs, parts = training_inputs(self, images, labels), self.options.accumulate
@@ -285,9 +302,9 @@ class Trainer:
         for i, part in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), 1):
             last = i == parts or self.world.size == 1  # with it the processes average their gradients
             with contextlib.nullcontext() if last else self.objective.no_sync():
-                out = self.objective(*part, penalised)
-                (out.objective(self.options.lam) / parts).backward()
-            self.meter.add(out)
+                out = self.objective(*part, self.plan.penalised(self.step))
+                (out.objective(self.lam) / parts).backward()
+            self.meter.add(out, self.lam)
         self.optimizer.step()
         if self.free:
             self.free.update()
@@ -386,6 +403,7 @@ class Plan:
     def __init__(self, options: Options, images: int, processes: int = 1):
         self.phases, self.schedule, self.epochs = options.phases, options.schedule, options.epochs
         self.penalty_from = options.penalty_from
+        self.most, self.warmup = options.lam, options.lam_warmup
         self.replays = options.replays if options.method == "free" else 1
         for phase in self.phases:
             if phase.batch_size > images:
@@ -423,6 +441,11 @@ class Plan:
         (start, first, last), (end, _, _) = [rows for rows in pairwise(self.schedule) if rows[0][0] <= epoch][-1]
         return first + (epoch - start) * (last - first) / (end - start)
 
+    def lam(self, step: int) -> float:
+        """The weight of the penalty at a step: it rises linearly, from 0 where the penalty begins, in a warm-up."""
+        since = self.epoch(step) - self.penalty_from * self.epochs
+        return self.most * (max(0.0, min(1.0, since / self.warmup)) if self.warmup else 1.0)
+
 
 def stretch(recipe: Options, *, epochs: int, batch_size: int) -> tuple[Phase, ...]:
     """The phases of a run of `epochs` epochs that begins with batches of `batch_size`.
@@ -445,14 +468,24 @@ def chance(seed: int, step: int, index: int) -> int:
     return int(data.uniforms(seed, step, np.array([index]), 1)[0, 0] * 2**53)
 
 
+def in_training(network: nn.Module, options: Options) -> nn.Module:
+    """The network in training mode, but for batch normalization where it uses and keeps its running statistics."""
+    for module in network.train().modules():
+        if options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return network
+
+
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Context: the network in evaluation mode, and back in training mode afterwards."""
+    """Context: the network in evaluation mode, and afterwards each module in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         yield
     finally:
-        network.train()
+        for module, mode in modes:
+            module.training = mode
 
 
 def distributed(objective: Objective, world: World) -> nn.Module:
@@ -462,7 +495,9 @@ def distributed(objective: Objective, world: World) -> nn.Module:
 
         config.donated_buffer = False  # the penalty goes twice through the graph of l(x)
         models.coordinates(objective.network)[1].compile()
-    return nn.parallel.DistributedDataParallel(objective) if world.size > 1 else objective
+    # Whether a user's network uses all its weights in each step, nobody knows.
+    how = {"find_unused_parameters": models.is_file(objective.options.model)}
+    return nn.parallel.DistributedDataParallel(objective, **how) if world.size > 1 else objective
 
 
 def decayed(network: nn.Module, options: Options) -> list[dict[str, Any]]:
@@ -547,6 +582,11 @@ LARGE_ROUNDING = 5.0  # percent, of the difference quotient, that make a warning
 PENALISED = {"fd", "exact", "jvp"}  # the other methods change the images, if anything, and not the loss
 
 
+def slopes_of(penalties: Tensor, options: Options) -> Tensor:
+    """The slopes (N,), without sign, of which the penalties are the squares, or themselves with --unsquared."""
+    return penalties if options.unsquared else penalties.sqrt()
+
+
 class Meter:
     """What the steps since the last record have found, kept on the device, so that no step waits for it."""
 
@@ -560,15 +600,15 @@ class Meter:
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
 
     @torch.no_grad()
-    def add(self, out: Penalised) -> None:
+    def add(self, out: Penalised, lam: float) -> None:
         self.images += len(out.losses)
         slopes = errors = torch.zeros_like(out.losses)
         if out.grad is not None:
             m, n = len(out.grad), len(out.losses)
             slopes = (out.grad * gradreg.direction(out.grad, self.options.norm)).flatten(1).sum(1)
-            errors = ((out.penalties[:m] * (m / n)).sqrt() - slopes).abs()
+            errors = (slopes_of(out.penalties[:m] * (m / n), self.options) - slopes).abs()
             self.norms.append(gradreg.dual_norm(out.grad, self.options.norm))
-        sums = out.losses, self.options.lam / 2 * out.penalties, errors, slopes
+        sums = out.losses, lam / 2 * out.penalties, errors, slopes
         self.sums += torch.stack([values.double().sum() for values in sums])
 
     def read(self) -> tuple[dict[str, Any], float]:
@@ -620,7 +660,7 @@ class Watch:
             trainer.meter.norms.append(gradreg.dual_norm(grad, trainer.options.norm))
         trainer.fields, seconds = trainer.meter.read()
         trainer.seconds += seconds
-        self.run.record("step", **trainer.fields, lr=trainer.rate)
+        self.run.record("step", **trainer.fields, lr=trainer.rate, lam=trainer.lam)
         self.require_finite(trainer.fields["loss"] + trainer.fields["penalty"], "loss")
         steps_per_s = trainer.fields["images_per_s"] / trainer.phase.batch_size
         self.ask_every = max(1, min(LOG_EVERY, int(PATIENCE * steps_per_s)))
@@ -753,10 +793,18 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
 
 
 def fd_rounding(network: nn.Module, images: Tensor, labels: Tensor, options: Options) -> float | None:
-    """How far the difference quotient is from itself in float64, in percent: what cancellation costs."""
+    """How far the difference quotient is from itself in float64, in percent: what cancellation costs.
+
+    None where the gradient is zero, and for a stranger's network that cannot compute in float64.
+    """
     objective = Objective(network, options, amp=False)
-    exact = copy.deepcopy(objective).double()(images.double(), labels).penalties.detach().sqrt()
-    found, total = objective(images, labels).penalties.detach().sqrt(), exact.sum().item()
+    found = slopes_of(objective(images, labels).penalties.detach(), options)
+    try:
+        exact = copy.deepcopy(objective).double()(images.double(), labels).penalties.detach()
+    except Exception:
+        return None
+    exact = slopes_of(exact, options)
+    total = exact.sum().item()
     return 100 * (found - exact).abs().sum().item() / total if total else None
 
 
@@ -784,7 +832,7 @@ def check_given(given: dict[str, Any]) -> None:
         if value is not None and of and method not in of:
             raise Failure(f"{flag} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
-            zero = f.name in {"lam", "seed", "workers", "penalty_from"}
+            zero = f.name in {"lam", "lam_warmup", "seed", "workers", "penalty_from"}
             most = math.inf if isinstance(value, float) else 10**9
             most = {"seed": 2**64 - 1, "epochs": 10**5, "penalty_share": 1, "penalty_from": 1}.get(f.name, most)
             if not 0 <= value < math.inf or (value == 0 and not zero):
@@ -795,42 +843,77 @@ def check_given(given: dict[str, Any]) -> None:
 
 def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     """All options of a run: those given, and the recipe's for the rest.  Raises Failure for what cannot work."""
+    if "new_head" in given and "init" not in given:
+        raise Failure("--new-head is about the weights of --init, which is not given", 2)
     recipe = recipe_of(given["dataset"], images)
     if given.get("recipe") == "fast":
         if recipe != "cifar10":
             raise Failure("--recipe fast: it is for small colour images, as CIFAR-10's; leave it out", 2)
         recipe = "cifar10-fast"
-    recipe = RECIPES[recipe]
+    recipe = fitted(RECIPES[recipe], given, images, world)
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2"} | coordinates_of(given, recipe)
     own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
     own["workers"] = min(8, max(1, (os.cpu_count() or 1) // world.size))
     if method == "free":  # as many steps as the others
         own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
-    options = replace(recipe, **own | given | ({} if method in PENALISED else {"lam": 0.0}))
+    options = replace(recipe, **own | given | ({} if method in PENALISED else {"lam": 0.0, "lam_warmup": 0.0}))
     allowed = {"free": ["linf"], "at": ["l2", "linf"]}.get(method, [options.norm])
     if options.norm not in allowed:
         raise Failure(f"--norm {options.norm}: --method {method} is for {' and '.join(allowed)}", 2)
     if len(images.test) < world.size:
         raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
-    scale = options.lr / recipe.lr
-    schedule = tuple((epoch, start * scale, end * scale) for epoch, start, end in recipe.schedule)
-    phases = stretch(recipe, epochs=options.epochs, batch_size=options.batch_size)
-    return replace(options, schedule=schedule, phases=phases)
+    options = replace(options, schedule=at_rate(recipe, options.lr).schedule)
+    return replace(options, phases=stretch(recipe, epochs=options.epochs, batch_size=options.batch_size))
+
+
+def at_rate(options: Options, lr: float) -> Options:
+    """The same with another first learning rate, and all others in proportion."""
+    scale = lr / options.lr
+    return replace(options, lr=lr, schedule=tuple((e, a * scale, b * scale) for e, a, b in options.schedule))
+
+
+def fitted(recipe: Options, given: dict[str, Any], images: data.Data, world: World) -> Options:
+    """The recipe for these images, and for weights that are trained already.
+
+    Fine-tuning (--init): a tenth of the largest rate, falling to 0 in two epochs of one size; lam rises from 0 over the
+    first (or half of a single one), since the network meets a penalty it has never seen; running statistics are kept.
+    Large images of a folder have their own size, their median short side, up to 224.  A batch is an eighth of the
+    images at most, so that an epoch has eight steps, and the rates fall in proportion.
+    """
+    if "init" in given:
+        rate = max(max(rates) for _, *rates in recipe.schedule) / 10
+        recipe = replace(recipe, epochs=2, lr=rate, schedule=((0, rate, 0.0), (2, 0.0, 0.0)), phases=recipe.phases[:1])
+        recipe = replace(recipe, lam_warmup=min(1.0, given.get("epochs", 2) / 2), statistics="running")
+    own = None if given["dataset"] == "imagenet" and "init" not in given else min(224, images.short_side)
+    size = given.get("size", own)
+    if images.small and "size" in given:
+        raise Failure(f"--size {size}: these images have a size of their own, {images.short_side}; leave it out", 2)
+    if size and not images.small:
+        *first, last = recipe.phases
+        phases = *(replace(phase, size=min(size, phase.size)) for phase in first), replace(last, size=size)
+        recipe = replace(recipe, phases=phases)
+    shares = world.size * given.get("accumulate", 1)
+    most = max(shares, len(images.train) // 8 // shares * shares)
+    if "batch_size" not in given and most < recipe.batch_size:
+        phases = tuple(replace(phase, batch_size=min(phase.batch_size, most)) for phase in recipe.phases)
+        recipe = replace(at_rate(recipe, recipe.lr * most / recipe.batch_size), batch_size=most, phases=phases)
+    return recipe
 
 
 def coordinates_of(given: dict[str, Any], recipe: Options) -> dict[str, Any]:
     """penalty_space, lam and h: the recipe's, translated where its coordinates are not those of the run.
 
     With x = (pixels - mean) / std, gradients are std times as long in x as in pixels: the same penalty has
-    std^2 lam in pixels, and the same step std h.
+    std^2 lam in pixels (unsquared: std lam), and the same step std h.
     """
     model = given.get("model", recipe.model)
-    space = given.get("penalty_space", recipe.penalty_space if model in models.NORMALIZED else "pixel")
-    if space == "normalized" and model not in models.NORMALIZED:
+    normalized = model in models.NORMALIZED or model.startswith("torchvision:")
+    space = given.get("penalty_space", recipe.penalty_space if normalized else "pixel")
+    if space == "normalized" and not normalized:
         raise Failure(f"--penalty-space normalized: model {model} takes pixels as they are; leave it out", 2)
     std = 1.0 if space == recipe.penalty_space else models.MEAN_STD if space == "pixel" else 1 / models.MEAN_STD
-    return {"penalty_space": space, "lam": recipe.lam * std**2, "h": recipe.h * std}
+    return {"penalty_space": space, "lam": recipe.lam * std ** (1 if "unsquared" in given else 2), "h": recipe.h * std}
 
 
 def options_of(config: dict[str, Any]) -> Options:
@@ -858,47 +941,88 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     config |= {"classes": len(images.classes), "class_names": list(images.classes)}
     config |= {"attack_norm": norm, "attack_radii": radii, "attack_eps": radii[1]}
     config |= {"omega_eps": radii[1:], "omega_method": "ascent"}
+    stranger = options.model not in models.MODELS
+    with contextlib.nullcontext() if stranger or options.init else torch.device("meta"):
+        network, notes = models.from_config(config), []
+    if options.init:
+        notes = models.initialise(network, options.init, classes=config["classes"], new_head=options.new_head)
+    if stranger:
+        notes += try_out(network.to(world.device), options, images, world)
+    return config | {"notes": notes, "sources": models.sources_of(options.model)}
+
+
+def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
+    """Lines for the user on a stranger's network.  Raises Unusable unless it can be trained: one step is tried."""
+    phase = options.phases[0]
+    shown = images.at(size=phase.size, min_scale=phase.min_scale, rectangular=phase.rectangular, cutout=True).train
+    x, labels = data.fetch(shown, np.arange(min(4, len(shown))), world.device, problems=[])
     try:
-        with torch.device("meta"):
-            models.from_config(config)
-    except ValueError as error:
-        raise Failure(f"--model {options.model}: {error}", 2) from None
-    return config
+        notes = [models.check_output(network.eval(), x, len(images.classes))]
+        with models.one_line("a training step fails"):
+            if odd := models.complaint(in_training(network, options)(x), len(x), len(images.classes)):
+                raise models.Unusable(f"in training mode {odd}")
+            if not any(weight.requires_grad for weight in network.parameters()):
+                raise models.Unusable("it has no weights that can be trained (requires_grad is False)")
+            gradreg.input_gradient(lambda z: cross_entropy(network(z), labels), x)
+            Objective(network, options)(x, labels).objective(1.0).backward()
+    except models.Unusable as error:
+        raise models.Unusable(f"--model {options.model}: {error}") from None
+    if options.activation != "relu" and (hidden := models.hidden_relus(network, x)):
+        notes.append(f"--activation {options.activation}: {hidden} calls of relu as a function stay (write nn.ReLU())")
+    return [note for note in notes if note]
 
 
 def name_of(options: Options) -> str:
     """What a run is called when nobody names it."""
     kinds = {"none": [], "noise": [f"sigma{options.sigma:g}"], "at": [options.norm, f"eps{options.eps:.3g}"]}
     kinds["free"] = [f"m{options.replays}", f"eps{options.eps:.3g}"]
-    kind = kinds.get(options.method, [options.norm, f"lam{options.lam:g}"])
+    kind = kinds.get(options.method, [*["unsquared"] * options.unsquared, options.norm, f"lam{options.lam:g}"])
+    tuned = ["tuned"] * bool(options.init)
     recipe = [options.recipe] if options.recipe != Options.recipe else []
-    return "-".join([Path(options.dataset).name, *recipe, options.method, *kind, f"seed{options.seed}"])
+    return "-".join([Path(options.dataset).name, *recipe, options.method, *kind, *tuned, f"seed{options.seed}"])
 
 
 def introduce(trainer: Trainer) -> None:
     """What is trained, how, on what, at which cost, in one line."""
     options, images, steps = trainer.options, trainer.images, trainer.plan.total - trainer.step
     own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
-    whole = {"penalty_share": 1.0, "penalty_from": 0.0}
+    whole = {"penalty_share": 1.0, "penalty_from": 0.0, "lam_warmup": 0.0}
     how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and v != whole.get(k)]
+    how += [name for name, value in own.items() if value is True]
     weights = sum(parameter.numel() for parameter in trainer.network.parameters())
-    sides = images.train.images.shape[2] if images.small else ", ".join(f"{phase.size}" for phase in options.phases)
+    sides = [images.train.images.shape[2]] if images.small else [phase.size for phase in options.phases]
+    sides = ", ".join(map(str, dict.fromkeys(sides)))
+    start = f" from {options.init}" if options.init else ""
     # Units of work beside the three of a plain step.
     extra = {"fd": 7 if options.central else 4, "exact": 3, "jvp": 7, "at": 2 * options.attack_steps}
     share = options.penalty_share * (1 - options.penalty_from) if options.method in PENALISED else 1
+    cost = 1 + extra.get(options.method, 0) * share / 3
     trainer.world.console.print(
         f"{trainer.run.path.name}: {', '.join([options.method, options.norm, *how])}; {options.model}, {weights:,}"
-        f" parameters; {options.dataset}, {len(images.train):,} training and {len(images.test):,} test images,"
+        f" parameters{start}; {options.dataset}, {len(images.train):,} training and {len(images.test):,} test images,"
         f" {len(images.classes)} classes, {sides} pixels a side; {steps:,} steps of {options.batch_size} images,"
-        f" each at the cost of {1 + extra.get(options.method, 0) * share / 3:.3g} plain"
+        f" {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {cost:.3g} plain"
     )
 
 
 def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World, name: str | None = None) -> Trainer:
     """Train a new run to its end; or go on with one that the same command began."""
-    config = describe(resolve(given, images, world), images, world)
+    config, images = suited(given, images, world)
     path = world.same(claim(root, name, config, world) if world.main else None)
     return work(path, {key: value for key, value in given.items() if key in MAY_CHANGE}, world, images)
+
+
+def suited(given: dict[str, Any], images: data.Data, world: World) -> tuple[dict[str, Any], data.Data]:
+    """What config.json holds, and the images: in grey where a user's network takes only these.  Raises Failure."""
+    try:
+        return describe(resolve(given, images, world), images, world), images
+    except models.Unusable:
+        if images.channels == 1 or not models.is_file(given.get("model", "")):
+            raise
+        grey = load_images(given, channels=1)
+        with contextlib.suppress(models.Unusable):
+            return describe(resolve(given, grey, world), grey, world), grey
+        raise
 
 
 def claim(root: Path, name: str | None, config: dict[str, Any], world: World) -> Path:
@@ -910,8 +1034,9 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     for path in [root / name] if name else root.glob(f"{default}*") if world.restarts else []:
         theirs, ours = config_at(path), json.loads(json.dumps(config["options"]))
         options = theirs.get("options", {})
-        others = [key for key in (ours.keys() | options.keys()) - MAY_CHANGE if options.get(key) != ours.get(key)]
-        if not others and (name or theirs.get("launch") == config["launch"]):
+        full = json.loads(json.dumps(asdict(Options()))) | options  # a run of before may lack some
+        others = [key for key in ours.keys() - MAY_CHANGE if full[key] != ours[key]]
+        if options and not others and (name or theirs.get("launch") == config["launch"]):
             world.console.print(f"{path} was begun with the same options: going on with it")
             return path
         if name and path.exists():
@@ -955,10 +1080,14 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
             images = load_images(asdict(options), channels=config["channels"])
         check_same(config, images)
         trainer = Trainer(path, config | {"options": asdict(options)}, images, world)
-        for said in [*images.notes, *filter(None, [warning])]:
+        for said in [*images.notes, *([] if state else config.get("notes", [])), *filter(None, [warning])]:
             trainer.run.warn(said)
         if state:
             trainer.restore(state)
+        elif options.init:
+            models.initialise(trainer.network, options.init, classes=config["classes"], new_head=options.new_head)
+        if not state and config.get("sources") and world.main:
+            runs.replace(path / models.SOURCE, models.source_of(options.model))
         if trainer.step == trainer.plan.total and trainer.evaluated and runs.state_of(path) == "finished":
             world.console.print(f"{path} is finished: nothing to resume")
             return trainer
@@ -1034,6 +1163,9 @@ def main(**options: Any) -> None:
         alone = "dataset" in given
         if not alone and (name or given.get("method") in {"none", "noise"}):
             raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
+        given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
+        before = config_at(runs.resolve(Path(given["init"]))).get("options", {}) if "init" in given else {}
+        given = {name: before[name] for name in ("model", "activation") if name in before} | given  # a run knows them
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
         images = load_images(given)
         (partial(begin, name=name) if alone else compare)(given, root=root, images=images, world=world)

@@ -418,6 +418,33 @@ def test_a_compiled_network_sees_the_same_draw_in_every_pass(backend):
     torch.testing.assert_close(out.penalties, dual_norm(out.grad, "l2").square(), rtol=0.1, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0", "timm"])
+def test_networks_of_others_in_training_mode_are_penalised_for_one_draw(name):
+    """With dropout, stochastic depth and batch statistics: the quotient has the slope of the same draw.
+
+    Of two draws it would be thousands of times as large; and another seed draws another penalty.  The twin is forward
+    mode, which moves the whole batch too: double backpropagation gives another image's share in a slope to that image.
+    """
+    if name == "timm":
+        timm = pytest.importorskip("timm")
+        network = timm.create_model("resnet10t", num_classes=5, drop_rate=0.2, drop_path_rate=0.2)
+    else:
+        network = torchvision.models.get_model(name, num_classes=5)
+    network, x, labels = network.double().train(), draw(0, 4, 3, 64, 64).sigmoid(), torch.tensor([0, 1, 2, 3])
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert kinds & {"Dropout", "StochasticDepth", "DropPath"}
+
+    def penalties(method, seed=0, **how):
+        torch.manual_seed(seed)
+        out = method(lambda z: gradreg.cross_entropy(network(z), labels), x, norm="l2", **how).penalties.detach()
+        return out, torch.get_rng_state()
+
+    (exact, after), (fd, state) = penalties(jvp_penalty), penalties(fd_penalty, h=1e-7, central=True)
+    torch.testing.assert_close(fd, exact, rtol=1e-2, atol=1e-12)
+    assert torch.equal(after, state)
+    assert not torch.allclose(penalties(jvp_penalty, seed=1)[0], exact, rtol=0.01)
+
+
 def test_a_network_with_dropout_learns_under_the_penalty():
     """README's loop on digits: with another mask in each pass it stayed at 90 % error."""
     torch.manual_seed(0)

@@ -1,8 +1,9 @@
 """The networks, against their description; and loading, which executes nothing."""
 
+import argparse
 import functools
-import hashlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -236,33 +237,220 @@ def released(seed):
     return checkpoint, lambda x: functools.reduce(lambda z, step: step(z), steps, x)
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_checkpoint_of_the_authors_is_their_network(tmp_path, monkeypatch):
+@pytest.mark.parametrize("new", [True, False])  # they saved it in 2019, in torch's old format
+def test_a_checkpoint_of_the_authors_is_their_network(tmp_path, new):
     checkpoint, network = released(0)
     path, x = tmp_path / "x.pth.tar", torch.rand(2, 3, 16, 16)
-    for new in (True, False):  # they saved it in 2019, in torch's old format
-        torch.save(checkpoint, path, _use_new_zipfile_serialization=new)
-        with pytest.warns(UserWarning, match="its SHA-256 is none of the release's"):
-            loaded = models.from_release(path)
-        torch.testing.assert_close(loaded(x), network(x), rtol=1e-4, atol=1e-4)
-        assert loaded(x).std() > 0.01
-    monkeypatch.setattr(models, "RELEASED", {hashlib.sha256(path.read_bytes()).hexdigest()})
-    models.from_release(path)  # says nothing: a warning is an error here
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=new)
+    loaded = models.from_release(path)
+    torch.testing.assert_close(loaded(x), network(x), rtol=1e-4, atol=1e-4)
+    assert loaded(x).std() > 0.01
 
 
 def test_what_is_not_a_checkpoint_of_the_authors_is_refused(tmp_path):
     path, (whole, _) = tmp_path / "x.pth.tar", released(0)
     state = whole["state_dict"]
     for wrong in (
-        state,
         {"state_dict": dict(list(state.items())[:-2])},
         {"state_dict": state | {"layers.3.0.weight": torch.zeros(1)}},
         {"state_dict": state | {"module.layer0.weight": torch.zeros(1)}},
         {"state_dict": state | {"fc.weight": torch.zeros(5, 128)}},
-        {"state_dict": nn.Linear(2, 2)},
     ):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match="not a CIFAR-10 checkpoint of the authors"):
             models.from_release(path)
-    with pytest.raises(ValueError, match="FileNotFoundError"):
+    with pytest.raises(ValueError, match="No such file"):
         models.from_release(tmp_path / "absent")
+
+
+# --- weights of anybody's ----------------------------------------------------------------------------------
+
+
+def small(classes=3, normalize=False):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(body, nn.Linear(4, classes))
+    return nn.Sequential(models.Normalize([0.5] * 3, [0.2] * 3), network) if normalize else network
+
+
+def trained(seed=1, **how):
+    torch.manual_seed(seed)
+    network = small(**how)
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    return network.eval()
+
+
+def prefixed(state, *prefixes):
+    return {"".join(prefixes) + name: value for name, value in state.items()}
+
+
+WRAPPED = {
+    "plain": lambda state: state,
+    "DataParallel": lambda state: prefixed(state, "module."),
+    "compiled, in ours": lambda state: prefixed(state, "_orig_mod.", "network."),
+    "a checkpoint": lambda state: {
+        "state_dict": state,
+        "epoch": 3,
+        "best": np.float64(0.5),
+        "optimizer": {"state": {}},
+    },
+    "timm's": lambda state: {"model": prefixed(state, "module."), "args": argparse.Namespace(lr=0.1)},
+    "the tutorial's": lambda state: {"epoch": 1, "model_state_dict": state, "loss": torch.tensor(0.5)},
+    "Lightning's": lambda state: {"state_dict": prefixed(state, "model."), "global_step": 7},
+    "a run": lambda state: {"config": {}, "model": state, "step": 3},
+    "of torch before 0.4": lambda state: {n: v for n, v in state.items() if "num_batches" not in n},
+    "half": lambda state: {n: v.half() if v.is_floating_point() else v for n, v in state.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weights_are_found_in_whatever_they_are_wrapped(tmp_path, kind, normalize):
+    """Also behind a normalization in front of the network, that the file knows nothing of."""
+    source, target = trained(seed=1), trained(seed=2, normalize=normalize)
+    torch.save(WRAPPED[kind](source.state_dict()), tmp_path / "weights.pt")
+    assert models.initialise(target, tmp_path / "weights.pt", classes=3) == []
+    x, (first, rest) = torch.rand(2, 3, 8, 8), models.coordinates(target)
+    assert isinstance(first, models.Normalize) == normalize
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if kind == "half" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(rest(x), source(x), **tolerance)
+
+
+def test_the_prefix_of_a_network_that_has_it_itself_stays(tmp_path):
+    networks = [nn.ModuleDict({"model": nn.ModuleDict({"model": nn.Linear(2, 3)})}) for _ in range(2)]
+    torch.save(networks[0].state_dict(), tmp_path / "weights.pt")
+    models.initialise(networks[1], tmp_path / "weights.pt", classes=3)
+    assert torch.equal(networks[0]["model"]["model"].weight, networks[1]["model"]["model"].weight)
+
+
+def test_a_head_for_other_classes_is_left_out_only_when_asked(tmp_path):
+    source, target = trained(seed=1, classes=5), trained(seed=2, classes=3)
+    path, before = tmp_path / "weights.pt", target[1].weight.clone()
+    torch.save(source.state_dict(), path)
+    with pytest.raises(ValueError, match=r"1\.bias: \(5,\) there, \(3,\) here; 1\.weight: .*--new-head") as error:
+        models.initialise(target, path, classes=3)
+    assert "2 of 9 weights" in str(error.value)
+    assert not torch.equal(target[0][0].weight, source[0][0].weight)  # nothing was taken
+    (said,) = models.initialise(target, path, classes=3, new_head=True)
+    assert "1.bias, 1.weight not taken" in said
+    assert torch.equal(target[1].weight, before)
+    assert torch.equal(target[0][0].weight, source[0][0].weight)
+    with pytest.raises(ValueError, match=r"all of .* fits the network, for 5 classes: leave it out"):
+        models.initialise(trained(seed=2, classes=5), path, classes=5, new_head=True)
+
+
+def test_what_does_not_fit_is_named_with_shapes_and_count(tmp_path):
+    state, path = trained().state_dict(), tmp_path / "weights.pt"
+    wider = {"0.0.weight": torch.zeros(4, 3, 5, 5), "0.0.bias": torch.zeros(7)}
+    for change, new_head, says in (
+        (wider, False, r"2 of 9 weights: 0\.0\.bias: \(7,\) there, \(4,\) here; 0\.0\.weight: \(4, 3, 5, 5\) there"),
+        (wider, True, r"2 of 9 weights"),
+        ({"extra": torch.zeros(2)}, False, r"1 of 10 weights: extra: \(2,\) there, nothing here"),
+        ({"1.weight": torch.tensor([[float("nan")] * 4] * 3)}, False, r"1\.weight is not finite"),
+        ({"1.weight": torch.zeros(5, 6), "1.bias": torch.zeros(5)}, True, r"1 of 9 weights: 1\.weight: \(5, 6\)"),
+    ):
+        torch.save(state | change, path)
+        with pytest.raises(ValueError, match=says) as error:
+            models.initialise(trained(seed=2), path, classes=3, new_head=new_head)
+        assert "\n" not in str(error.value)
+    torch.save({n: v for n, v in state.items() if not n.startswith("0.1")}, path)
+    with pytest.raises(ValueError, match=r"4 of 9 weights: 0\.1\.bias: nothing there, \(4,\) here; .*; .*$"):
+        models.initialise(trained(seed=2), path, classes=3)
+
+
+def test_files_of_other_things_are_refused_in_a_line_and_nothing_runs(tmp_path):
+    path, marker = tmp_path / "weights.pt", tmp_path / "executed"
+
+    class Touch:
+        def __reduce__(self):
+            return (type(marker).touch, (marker,))
+
+    def script():
+        torch.jit.script(nn.Linear(2, 2)).save(path)
+
+    for write, says in (
+        (
+            lambda: torch.save(small(), path),
+            r"more than weights \(torch\.nn\.\S+Sequential\).*save\(network\.state_dict",
+        ),
+        (lambda: torch.save({"state_dict": Touch()}, path), "more than weights"),
+        (script, r"more than weights \(TorchScript\)"),
+        (lambda: path.write_bytes(b"x"), "not a file of weights"),
+        (lambda: path.write_bytes(b""), "not a file of weights"),
+        (lambda: torch.save(torch.zeros(2), path), "no state dict in it"),
+        (lambda: torch.save({"epoch": 3}, path), "no state dict in it"),
+        (lambda: torch.save({0: torch.zeros(2)}, path), "no state dict in it"),
+        (path.unlink, "No such file"),
+        (path.mkdir, r"checkpoint\.pt: No such file"),
+    ):
+        write()
+        with pytest.raises(ValueError, match=says) as error:
+            models.read_weights(path)
+        assert str(error.value).startswith(str(path))
+        assert "\n" not in str(error.value)
+        assert not marker.exists()
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    path, state = tmp_path / "weights.safetensors", trained().state_dict()
+    path.write_bytes(b"x" * 20)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            models.read_weights(path)
+    package = pytest.importorskip("safetensors.torch")
+    with pytest.raises(ValueError, match="not a file of weights"):
+        models.read_weights(path)
+    package.save_file(state, path)
+    found = models.read_weights(path)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+# --- torchvision's networks, and activations in anybody's --------------------------------------------------
+
+
+def test_torchvisions_networks_come_behind_their_normalization(tmp_path):
+    import torchvision
+
+    network, theirs = models.build("torchvision:resnet18", classes=4).eval(), torchvision.models.resnet18(num_classes=4)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    models.initialise(network, tmp_path / "resnet18.pth", classes=4)
+    x = torch.rand(2, 3, 32, 32)
+    normalize = torchvision.transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD)
+    torch.testing.assert_close(network(x), theirs.eval()(normalize(x)))
+    for name in ("torchvision:resnet19", "torchvision:fasterrcnn_resnet50_fpn", "torchvision:"):
+        with pytest.raises(ValueError, match=f"{name}: no classifier of torchvision; there are "):
+            models.build(name, classes=4)
+    with pytest.raises(ValueError, match="colour images"):
+        models.build("torchvision:resnet18", classes=4, channels=1)
+
+
+class Hidden(nn.Module):
+    """Two names for one ReLU, a ReLU6, and `calls` of the function."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls, self.a, self.b, self.c = calls, nn.ReLU(), nn.Sequential(nn.ReLU6()), nn.Linear(4, 3)
+        self.again = self.a
+
+    def forward(self, x):
+        x = self.b(self.again(self.a(x.flatten(1))))
+        for call in (torch.relu, F.relu6, torch.Tensor.relu, lambda x: F.leaky_relu(x, 0.1))[: self.calls]:
+            x = call(x)
+        return self.c(x)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4])
+def test_an_activation_takes_the_place_of_modules_and_functions_are_counted(calls):
+    network = models.with_activation(Hidden(calls), "celu")
+    assert [type(m) for m in (network.a, network.again, network.b[0])] == [nn.CELU] * 3
+    assert models.hidden_relus(network, torch.rand(2, 1, 2, 2)) == calls
+    assert models.hidden_relus(torch.jit.script(nn.Sequential(nn.ReLU())), torch.rand(2, 2)) == 1
+
+
+def test_a_network_without_a_relu_that_is_a_module_is_refused():
+    with pytest.raises(ValueError, match="no ReLU among the network's modules, and a relu that is called"):
+        models.with_activation(nn.Sequential(nn.Linear(2, 2), nn.GELU()), "silu")

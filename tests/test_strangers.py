@@ -1,15 +1,26 @@
 """Anybody's network, FILE.py:FACTORY: whatever is in the file, the right network comes out, or one line."""
 
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch import nn
 
 import data
+import evaluate
 import models
 import runs
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 NET = "import torch\nfrom torch import nn\ndef net(n=3): return nn.Sequential(nn.Flatten(), nn.Linear(4, n))\n"
@@ -349,7 +360,7 @@ def test_names_and_sources_tell_networks_apart(tmp_path):
     assert names[0].startswith("net-net-")
     assert models.name_of_spec("a b/c d.py:f").startswith("c_d-f-")
     before = [models.source_of(spec) for spec in specs]
-    assert before[0] == before[1] == b"from layers import net\n"
+    assert before[0] == before[1] == b"# --- net.py\nfrom layers import net\n"
     for spec in specs:
         models.from_file(spec, classes=3)
     after = [models.source_of(spec) for spec in specs]
@@ -466,3 +477,315 @@ def test_networks_of_all_kinds_can_be_frozen_and_run(tmp_path, kind):
     network = models.from_file(f"{tmp_path}/net.py:{kind}", classes=3)
     network.eval().requires_grad_(False)
     models.check_output(network, IMAGES, 3)
+
+
+# --- training it -------------------------------------------------------------------------------------------
+
+MINE = {
+    "repo/net.py": """
+from models import Net
+
+
+def build(classes):
+    return Net(classes)
+""",
+    "repo/models.py": """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.norm, self.drop, self.idle = nn.BatchNorm2d(1), nn.Dropout(0.2), nn.Linear(2, 2)
+        self.body, self.head = nn.Linear(64, 16), nn.Linear(16, classes)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.head(self.drop(self.act(self.body(self.norm(x).flatten(1)))))
+""",
+}
+SMALL = ["digits", "--subset", 100, "--batch-size", 10, "--epochs", 2]
+OFTEN = ["--checkpoint-minutes", 1e-9]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A repository whose module has a name of ours; the working directory beside it."""
+    monkeypatch.chdir(write(tmp_path, MINE))
+    monkeypatch.setattr(train, "PROBE_IMAGES", 10)
+    return tmp_path
+
+
+def command(program, *arguments):
+    """The exit code of a program of ours, in this process."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
+        return runs.run_command(program.main)
+
+
+def begun(name, *more, spec="repo/net.py:build"):
+    return command(train, *SMALL, "--model", spec, "--name", name, *more)
+
+
+def weights(name):
+    return runs.read_checkpoint(Path("runs") / name / "checkpoint.pt")["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def warned(name):
+    lines = map(json.loads, Path("runs", name, "metrics.jsonl").read_text().splitlines())
+    return [line["message"] for line in lines if line.get("event") == "warning"]
+
+
+def one_line(capsys, code=2, got=2):
+    assert got == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_users_network_is_trained_killed_resumed_and_kept_with_its_code(mine, monkeypatch):
+    assert begun("whole") == 0
+    with monkeypatch.context() as patched:
+        left, real = iter(range(13)), train.Plan.rate
+        patched.setattr(
+            train.Plan, "rate", lambda plan, step: real(plan, step) if next(left, None) is not None else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            begun("died", *OFTEN)
+    assert runs.read_checkpoint(mine / "runs/died/checkpoint.pt")["step"] < 13
+    (mine / "elsewhere").mkdir()
+    monkeypatch.chdir(mine / "elsewhere")  # the spec that is kept is absolute
+    assert command(train, "--resume", mine / "runs/died") == 0
+    monkeypatch.chdir(mine)
+    assert same(weights("whole"), weights("died"))
+    assert warned("died") == []
+    config = json.loads((mine / "runs/whole/config.json").read_text())
+    files = [mine / "repo/net.py", mine / "repo/models.py"]
+    assert config["options"]["model"] == f"{files[0]}:build"
+    assert config["sources"] == {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    kept = (mine / "runs/whole/source.txt").read_text()
+    assert all(f"# --- {f.name}\n{f.read_text()}" in kept for f in files)
+    network = models.load(mine / "runs/whole")
+    assert type(network).__name__ == "Net"
+    assert not network.training
+
+
+def test_two_processes_train_a_users_network_that_leaves_weights_idle(mine):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py"]
+    line += map(str, [*SMALL, "--epochs", 1, "--model", "repo/net.py:build", "--name", "two"])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert runs.read_checkpoint(mine / "runs/two/checkpoint.pt")["step"] == 10
+
+
+def test_runs_of_a_users_network_are_evaluated_and_compared(mine, capsys):
+    assert begun("none", "--method", "none") == begun("fd") == 0
+    few = ["--images", 4, "--calibration", 0, "--audit-images", 2, "--blocks", 0, "--attack", "fab", "--norm", "l2"]
+    assert command(evaluate, "runs/none", "runs/fd", *few) in (0, None)
+    assert "differences" in (mine / "evaluations/none_vs_fd/report.md").read_text().lower()
+    alone = evaluate.open_run(mine / "runs/fd", SimpleNamespace(data_dir=None, size=None, topk=None))
+    (mine / "repo/models.py").write_text(MINE["repo/models.py"].replace("self.head(self", "2 * self.head(self"))
+    capsys.readouterr()
+    other = evaluate.open_run(mine / "runs/fd", SimpleNamespace(data_dir=None, size=None, topk=None))
+    assert "models.py has changed since this run began" in capsys.readouterr().err
+    assert alone.fingerprint != other.fingerprint  # so that what was measured is measured again
+
+
+def test_code_that_has_changed_is_named_before_it_is_used(mine, capsys):
+    assert begun("a", "--epochs", 1) == 0
+    network = mine / "repo/net.py"
+    network.write_text("print('executed')\n" + MINE["repo/net.py"])
+    for again in (lambda: command(train, "--resume", "runs/a"), lambda: begun("a", "--epochs", 1)):
+        assert again() == 0
+        said = capsys.readouterr().out
+        assert f"warning: {network} has changed since this run began: " in said
+        assert said.index("has changed since") < said.rindex("executed")
+    assert f"{network} has changed" in warned("a")[0]
+    assert "print" not in (mine / "runs/a/source.txt").read_text()
+    network.unlink()
+    with pytest.raises(runs.Unusable, match="no such file"):
+        models.load(mine / "runs/a")
+    assert f"{network} is gone" in capsys.readouterr().err
+
+
+def test_nothing_in_a_run_directory_is_executed(mine, capsys):
+    """Neither what a run that came from elsewhere names as its network, nor the copy of the code."""
+    assert begun("a", "--epochs", 1) == 0
+    state = runs.read_checkpoint(mine / "runs/a/checkpoint.pt")
+    (mine / "runs/a/evil.py").write_text("open('executed', 'w')\n")
+    state["config"]["options"]["model"] = f"{mine}/runs/a/evil.py:build"
+    torch.save(state, mine / "runs/a/checkpoint.pt")
+    with pytest.raises(runs.Unusable, match=r"evil\.py lies in the run itself, from where nothing is executed"):
+        models.load(mine / "runs/a")
+    capsys.readouterr()
+    assert "lies in the run itself" in one_line(capsys, got=command(train, "--resume", "runs/a"))
+    assert not (mine / "executed").exists()
+
+
+NETS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def linear(n=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, n))
+
+
+class Says(nn.Module):
+    def __init__(self, say):
+        super().__init__()
+        self.say, self.body = say, linear()
+
+    def forward(self, x):
+        return self.say(self, self.body(x))
+
+
+class Output:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def takes_two(width, depth): pass
+def returns_a_type(): return nn.Linear
+def returns_a_tuple(): return linear(), 3
+def returns_logits_inside(): return Says(lambda self, z: Output(z))
+def returns_two(): return Says(lambda self, z: (z, z))
+def returns_two_in_training(): return Says(lambda self, z: (z, z) if self.training else z)
+def raises(): raise OSError("no\\nGPU")
+def raises_later(): return Says(lambda self, z: 1 / 0)
+def raises_in_training(): return Says(lambda self, z: 1 / (1 - self.training) and z)
+def seven(): return linear(7)
+def frozen(): return linear().requires_grad_(False)
+def detached(): return Says(lambda self, z: z.detach() + self.body[1].bias)
+def functional(): return Says(lambda self, z: F.relu(z))
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "more", "says"),
+    [
+        ("missing", [], "no 'missing' in it; there are linear, Says, Output"),
+        ("takes_two", [], "arguments: 'width' and 'depth'; it gets the number of classes at most"),
+        ("returns_a_type", [], "gives a type; expected is a torch.nn.Module"),
+        ("returns_a_tuple", [], "gives a tuple; expected"),
+        ("returns_logits_inside", [], "returns a Output: wrap it in a module whose forward returns network(x).logits"),
+        ("returns_two", [], "returns a tuple: wrap it"),
+        ("returns_two_in_training", [], "in training mode it returns a tuple: wrap it"),
+        ("raises", [], "OSError: no GPU ({file}, line "),
+        ("raises_later", [], "ZeroDivisionError: division by zero ({file}, line "),
+        ("raises_in_training", [], "a training step fails: ZeroDivisionError"),
+        ("seven", [], "7 classes, and the images have 10"),
+        ("frozen", [], "no weights that can be trained"),
+        ("detached", [], "no gradient comes through to the images"),
+        ("detached", ["--method", "none"], "no gradient comes through to the images"),
+        ("functional", ["--activation", "gelu"], "--activation gelu: there is no ReLU among the network's modules"),
+        ("linear", ["--penalty-space", "normalized"], "takes pixels as they are"),
+        ("linear", ["--init", "absent.pt"], "absent.pt: No such file"),
+        ("linear", ["--init", "other.pt"], "does not fit the network in 4 of 4 weights: 0.bias: (3,) there, nothing"),
+        ("linear", ["--init", "whole.pt"], "save(network.state_dict(), 'weights.pt')"),
+        ("linear", ["--init", "seven.pt"], "1.bias: (7,) there, (10,) here; 1.weight: (7, 64) there, (10, 64) here"),
+        ("linear", ["--init", "seven.pt"], "--new-head leaves out the last layer"),
+        ("linear", ["--new-head"], "--new-head is about the weights of --init"),
+        ("linear", ["--size", 32], "--size 32: these images have a size of their own, 8"),
+    ],
+)
+def test_a_network_or_weights_that_cannot_be_trained_are_refused_in_one_line(mine, capsys, factory, more, says):
+    write(mine, {"nets.py": NETS})
+    torch.save(nn.Sequential(nn.Linear(2, 3)).state_dict(), "other.pt")
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)).state_dict(), "seven.pt")
+    torch.save(nn.Sequential(nn.Linear(2, 3)), "whole.pt")
+    line = one_line(capsys, got=command(train, *SMALL, "--model", f"nets.py:{factory}", *more))
+    assert says.format(file=mine / "nets.py") in line
+    assert not (mine / "runs").exists()
+
+
+@pytest.mark.parametrize("model", ["nets.py", "absent.py:net", "torchvision:resnet19", "resnet"])
+def test_a_name_of_no_network_is_refused_in_one_line(mine, capsys, model):
+    write(mine, {"nets.py": NETS})
+    assert "there are" in (line := one_line(capsys, got=command(train, *SMALL, "--model", model))) or model in line
+
+
+def test_functions_that_an_activation_cannot_reach_are_named(mine, capsys):
+    text = NETS + "def partly(): return nn.Sequential(nn.ReLU(), functional(), nn.ReLU())\n"
+    write(mine, {"nets.py": text})
+    assert begun("a", "--epochs", 1, "--activation", "silu", spec="nets.py:partly") == 0
+    assert warned("a") == ["--activation silu: 1 calls of relu as a function stay (write nn.ReLU())"]
+    assert sum(isinstance(m, nn.SiLU) for m in models.load(mine / "runs/a").modules()) == 2
+
+
+def test_fine_tuning_begins_with_the_weights_and_keeps_the_statistics(mine, monkeypatch, capsys):
+    assert begun("plain", "--method", "none") == 0
+    states, real = [], train.Trainer.update
+    monkeypatch.setattr(
+        train.Trainer,
+        "update",
+        lambda self, *batch: (states.append((self.step, self.plan.lam(self.step))), real(self, *batch)),
+    )
+    small = ["digits", "--subset", 100, "--batch-size", 10, "--model", "repo/net.py:build", "--init", "runs/plain"]
+    capsys.readouterr()
+    assert command(train, *small, "--name", "tuned", "--unsquared") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "lam_warmup 1, unsquared; " in first
+    assert f"parameters from {mine}/runs/plain; " in first
+    assert "20 steps of 10 images, 2 epochs from rate 0.005" in first
+    before, after = weights("plain"), weights("tuned")
+    buffers = {name for name in before if "running" in name or "num_batches" in name}
+    assert buffers
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name in buffers or name.startswith("idle")), name
+    assert [lam for _, lam in states] == pytest.approx([min(1.0, step / 10) for step in range(20)])
+    # And a run that was killed before its first checkpoint begins with them again.
+    config = (mine / "runs/tuned/config.json").read_text()
+    write(mine, {"runs/again/config.json": config})
+    assert command(train, "--resume", "runs/again") == 0
+    assert same(weights("tuned"), weights("again"))
+    assert (mine / "runs/again/source.txt").read_bytes() == (mine / "runs/tuned/source.txt").read_bytes()
+
+
+def test_the_page_on_your_network_is_what_happens(tmp_path, monkeypatch):
+    """Its files and its commands, one after the other, on a folder of JPEGs; evaluations look at few images."""
+    page = (ROOT / "docs/your-network.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    net = MINE["repo/models.py"].replace("nn.BatchNorm2d(1)", "nn.BatchNorm2d(3)").replace("64, 16", "12288, 16")
+    monkeypatch.setattr(train, "PROBE_IMAGES", 4)
+    monkeypatch.chdir(write(tmp_path, {"mine/net.py": code, "mine/models.py": net}))
+    for part, count in (("train", 16), ("test", 4)):
+        for label, name in enumerate(("cat", "dog", "owl")):
+            Path("photos", part, name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 100, (90, 70 + i, 3), generator=torch.Generator().manual_seed(i))
+                pixels[..., label] += 100
+                Image.fromarray(pixels.byte().numpy()).save(f"photos/{part}/{name}/{i}.jpg")
+    torch.save(models.from_file("mine/net.py:build", classes=3).state_dict(), "mine/weights.pt")
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), "resnet18.pth")
+    few = ["--images", 4, "--calibration", 0, "--audit-images", 2, "--blocks", 0, "--attack", "fab", "--norm", "l2"]
+    programs = {"train.py": (train, ["--workers", 0, "--epochs", 2]), "evaluate.py": (evaluate, few)}
+    for line in commands.splitlines():
+        _, name, *arguments = shlex.split(line, comments=True)
+        if name in programs:
+            program, more = programs[name]
+            assert command(program, *arguments, *more) in (0, None), line
+    assert {path.name for path in Path("runs").iterdir()} == {"robust", "resnet18", "plain", "smooth", "latest"}
+    assert "left out" in " ".join(warned("resnet18")) or "begin at random" in " ".join(warned("resnet18"))
+    assert weights("robust").keys() == torch.load("mine/weights.pt").keys()
+    for name in ("plain", "smooth"):
+        config = runs.read_checkpoint(Path("runs", name, "checkpoint.pt"))["config"]
+        assert config["options"]["model"] == f"{tmp_path}/mine/net.py:build"
+    assert sum(isinstance(m, nn.GELU) for m in models.load("runs/smooth").modules()) == 1
+    assert len(list(Path("evaluations").glob("*_vs_*/report.md"))) == 2
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_network_of_ours_is_fine_tuned_without_a_word_of_torchs(mine):
+    assert command(train, *SMALL, "--epochs", 1, "--method", "none", "--activation", "celu", "--name", "plain") == 0
+    assert command(train, *SMALL, "--epochs", 1, "--init", "runs/plain", "--lr", 1e-30, "--name", "tuned") == 0
+    one, two = (models.load(f"runs/{name}") for name in ("plain", "tuned"))
+    assert [type(m) for m in one] == [type(m) for m in two]  # a run knows its activation
+    assert all(torch.allclose(weights("plain")[n], weights("tuned")[n], atol=1e-6) for n in weights("plain"))

@@ -179,7 +179,8 @@ def test_a_run_is_introduced_and_printed_in_twenty_lines(monkeypatch, tmp_path, 
     said = (
         "digits-at-linf-eps0.1-seed0: at, linf, eps 0.1, attack_steps 2; cnn, 151,306 parameters; digits, 20 training"
     )
-    said += " and 20 test images, 10 classes, 8 pixels a side; 90 steps of 10 images, each at the cost of 2.33 plain"
+    said += " and 20 test images, 10 classes, 8 pixels a side; 90 steps of 10 images, 45 epochs from rate 0.05, each"
+    said += " step at the cost of 2.33 plain"
     assert first == said
     assert [line.split()[1] for line in epochs] == [f"{i}/45" for i in range(3, 46, 3)]
     assert last.endswith(f"python tui.py {tmp_path / 'digits-at-linf-eps0.1-seed0'}")
@@ -271,8 +272,8 @@ def at_step(step, do, real=train.Meter.add):
     """Meter.add, which after so many steps does something more."""
     steps = iter(range(1, step + 1))
 
-    def add(self, out):
-        real(self, out)
+    def add(self, *out):
+        real(self, *out)
         if next(steps, None) == step:
             do()
 
@@ -522,8 +523,8 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
 def test_an_option_that_a_method_does_not_have_is_refused_and_no_other():
     values = {"h": 0.1, "lam": 0.1, "eps": 0.1, "sigma": 0.1, "attack_steps": 3, "replays": 3}
     values |= {"central": True, "amp": True, "compile": True, "penalty_space": "pixel"}
-    values |= {"penalty_share": 0.5, "penalty_from": 0.5}
-    every = {"lam", "penalty_space", "penalty_share", "penalty_from"}
+    values |= {"penalty_share": 0.5, "penalty_from": 0.5, "unsquared": True, "lam_warmup": 1.0}
+    every = {"lam", "penalty_space", "penalty_share", "penalty_from", "unsquared", "lam_warmup"}
     meant = {
         "fd": {"h", "central", "amp", "compile", *every},
         "exact": every,
@@ -718,6 +719,86 @@ def test_a_folder_is_found_again_from_anywhere_and_where_it_moves(monkeypatch, t
     assert command(monkeypatch, "--resume", half, "--data-dir", "../moved") == 0
     assert same(weights(half), weights(run))
     assert models.read_checkpoint(half / "checkpoint.pt")["config"]["options"]["dataset"] == str(moved)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Three classes of JPEGs of 70 to 90 pixels, as a phone's thumbnails: 16 each to train on, 4 to test."""
+    for part, count in (("train", 16), ("test", 4)):
+        for label, name in enumerate(("cat", "dog", "owl")):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (70 + i, 90), tuple(255 * (label == k) for k in range(3)))
+                image.save(tmp_path / "photos" / part / name / f"{i}.jpg")
+    return tmp_path / "photos"
+
+
+def first_run(monkeypatch, capsys, *arguments):
+    """The first line and the options of a run."""
+    assert command(monkeypatch, *arguments, "--model", "cnn", "--workers", 0) == 0
+    said = capsys.readouterr().out
+    run = Path(re.search(r"tui\.py (.*)", said)[1])
+    return said.splitlines()[0], json.loads((run / "config.json").read_text())["options"]
+
+
+def test_size_batch_and_rate_follow_the_images_when_nobody_says_so(monkeypatch, tmp_path, photographs, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    recipe, small = train.RECIPES["imagenet"], [photographs, "--runs", tmp_path / "runs", "--epochs", 3]
+    line, options = first_run(monkeypatch, capsys, *small)
+    assert "12 test images, 3 classes, 77 pixels a side; 24 steps of 6 images, 3 epochs from rate 0.00293," in line
+    assert {phase["size"] for phase in options["phases"]} == {77}  # the median short side
+    assert options["lr"] == pytest.approx(
+        recipe.lr * 6 / recipe.batch_size
+    )  # an eighth of the images, the rate with it
+    assert options["schedule"][2][1] == pytest.approx(recipe.schedule[2][1] * 6 / recipe.batch_size)
+    line, options = first_run(monkeypatch, capsys, *small, "--size", 150, "--batch-size", 48, "--lr", 0.01)
+    assert "128, 150 pixels a side; 7 steps of 48" in line
+    assert [phase["size"] for phase in options["phases"]] == [128, 150, 150]
+    assert (options["batch_size"], options["lr"]) == (48, 0.01)
+    assert [phase["batch_size"] for phase in options["phases"]] == [48, 18, 12]
+    assert command(monkeypatch, *small, "--batch-size", 49, "--model", "cnn") == 2
+    assert "there are only 48 training images: give 48 or less" in one_line(capsys)
+
+
+def test_a_batch_that_follows_the_images_is_shared_by_processes_and_parts():
+    images = SimpleNamespace(small=True, train=range(100), short_side=32)
+    for size, parts, batch in ((1, 1, 12), (2, 1, 12), (4, 2, 8), (4, 8, 32)):
+        given = {"dataset": "cifar10", "accumulate": parts}
+        recipe = train.fitted(train.RECIPES["cifar10"], given, images, SimpleNamespace(size=size))
+        assert [recipe.batch_size, *(phase.batch_size for phase in recipe.phases)] == [batch, batch]
+    images.train = range(1024)
+    assert train.fitted(train.RECIPES["cifar10"], {"dataset": "cifar10"}, images, SimpleNamespace(size=1)).lr == 0.1
+
+
+@pytest.mark.parametrize("method", ["fd", "exact", "jvp"])
+def test_the_unsquared_penalty_is_the_slope_and_is_named(monkeypatch, tmp_path, method):
+    seen = spied(monkeypatch)
+    small = [*SMALL, "--epochs", 1, "--method", method, "--lam", 0.5, "--runs", tmp_path]
+    for more in ([], ["--unsquared"]):
+        assert command(monkeypatch, *small, *more) == 0
+    squared, plain = seen[0], seen[20]
+    assert torch.equal(squared[1], plain[1])
+    names = [f"digits-{method}-{how}l2-lam0.5-seed0" for how in ("", "unsquared-")]
+    first = [records(tmp_path / name, "step")[0] for name in names]
+    assert first[1]["penalty"] > first[0]["penalty"] > 0
+    # Of the same network and images: E[s^2] >= E[s]^2, and both are what the input gradients say.
+    assert first[0]["penalty"] * 0.25 >= first[1]["penalty"] ** 2 * (1 - 1e-4)
+    assert first[1]["penalty"] == pytest.approx(0.25 * first[1]["grad_norm_mean"], rel=0.05)
+    if method == "fd":
+        assert first[1]["fd_error_pct"] == pytest.approx(first[0]["fd_error_pct"], rel=1e-3)
+
+
+def test_a_warm_up_of_lambda_is_what_is_added_to_the_loss(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    monkeypatch.setattr(
+        train.Meter, "add", lambda self, out, lam, real=train.Meter.add: seen.append(lam) or real(self, out, lam)
+    )
+    assert command(monkeypatch, *SMALL, "--lam", 0.8, "--lam-warmup", 1.5, "--runs", tmp_path) == 0
+    assert seen == pytest.approx([0.8 * min(1, step / 30) for step in range(40)])
+    first, *_ = steps = records(tmp_path / "latest", "step")
+    assert first["penalty"] == 0
+    assert [r["lam"] for r in steps] == pytest.approx([0.8 * min(1, (r["step"] - 1) / 30) for r in steps])
 
 
 def test_an_unreadable_image_is_named(monkeypatch, tmp_path, pictures, capsys):
