@@ -616,14 +616,14 @@ def test_the_price_is_the_product_of_its_parts(here, tmp_path):
     asked = settings(out=tmp_path, images=300, calibration=0, norm=["l2", "linf"])
     target = evaluate.open_factory(f"{here}/theirs.py:linear", asked)
     evaluate.prepare(target, asked, world := runs.World("cpu"))
-    target.pace = 0.031
+    target.pace = 0.062
     units = evaluate.units_of(target, asked)
     said = evaluate.price(units, asked, world)
     minutes, images, norms, calls, ms, parts = re.search(
         r"about ([\d.]+) h: (\d+) images, (\d) norms, 2 x (\d+) calls of (\d+) ms, in (\d+) parts", said
     ).groups()
-    assert (int(images), int(norms), int(ms), int(parts)) == (300, 2, 31, len(units))
-    assert float(minutes) == pytest.approx(300 * 2 * int(calls) * 0.031 / 3600, abs=0.06)
+    assert (int(images), int(norms), int(ms), int(parts)) == (300, 2, 62, len(units))
+    assert float(minutes) == pytest.approx(300 * 2 * int(calls) * 0.062 / 3600, abs=0.06)
     assert int(calls) * 600 == pytest.approx(sum(unit.calls(asked) for unit in units), rel=0.01)
 
 
