@@ -504,7 +504,9 @@ def bounds_figure(evaluations: list[Evaluation]) -> Figure | None:
 def adversarial_figure(evaluations: list[Evaluation], norm: str, count: int = 5) -> Figure | None:
     """The first images that all networks get right: the image, and each one's adversarial image and change."""
     firsts = [evaluation.norms[norm].found["first"] for evaluation in evaluations]
-    usable = np.all([np.isfinite(f["distances"]) & (f["distances"] > 0) for f in firsts], axis=0)
+    shared = min(len(first["distances"]) for first in firsts)  # first parts begin alike, and a slow network's is short
+    distances = np.array([first["distances"][:shared] for first in firsts])
+    usable = (np.isfinite(distances) & (distances > 0)).all(0)
     rows, target = np.flatnonzero(usable)[:count], evaluations[0].target
     if len(rows) == 0 or not all(e.target.same_images(target) for e in evaluations):
         return None

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,3 +234,18 @@ def test_a_figure_is_the_same_file_every_time():
 
     assert drawn() == drawn()
     assert drawn().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("lengths", [(3, 7), (7, 3)])
+def test_networks_are_pictured_together_though_one_ones_first_part_is_shorter(lengths):
+    """A slow network's parts hold fewer images: shown are those that both have, and that both get right."""
+    rng, evaluations = np.random.default_rng(0), []
+    images = rng.random((7, 1, 4, 4))
+    for length in lengths:
+        first = {"images": images[:length], "adversarial": images[:length] ** 2, "labels": np.zeros(length, int)}
+        first |= {"distances": np.array([0, 1, 1, 1, np.inf, 1, 1.0])[:length], "moved": np.ones(length, int)}
+        target = SimpleNamespace(name=f"n{length}", classes=["a", "b"], same_images=lambda other: True)
+        evaluations.append(SimpleNamespace(target=target, norms={"l2": SimpleNamespace(found={"first": first})}))
+    figure = report.adversarial_figure(evaluations, "l2")
+    shown = [axis.images[0].get_array() for axis in figure.axes[::5]]  # image, and two panels a network
+    np.testing.assert_allclose(np.array(shown), images[1:3, 0])
