@@ -375,8 +375,8 @@ def at_step(monkeypatch, step, do):
     """Let `do` happen just after the update of a step."""
     real, steps = train.Meter.add, iter(range(1, step + 1))
 
-    def add(self, out):
-        real(self, out)
+    def add(self, *of):
+        real(self, *of)
         if next(steps, None) == step:
             do()
 
@@ -667,8 +667,8 @@ def test_an_attack_in_training_sees_the_same_statistics_after_a_resume(tmp_path)
         models.cnn = with_batch_normalization
         real, steps = train.Meter.add, iter(range(1, STEPS + 1))
 
-        def add(self, out):
-            real(self, out)
+        def add(self, *of):
+            real(self, *of)
             if next(steps) == last:
                 raise Crash
 
