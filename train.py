@@ -854,6 +854,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2"} | coordinates_of(given, recipe)
     own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
+    own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     own["workers"] = min(8, max(1, (os.cpu_count() or 1) // world.size))
     if method == "free":  # as many steps as the others
         own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))

@@ -5,8 +5,9 @@
     python benchmarks/penalty.py --model resnet50 --size 224 --classes 1000
     python benchmarks/penalty.py --time --way float32 --way tf32 --way bfloat16+channels_last --way compile
 
-Counts are of the convolutions and matrix products of one step, in units of a plain step's; they do not depend on the
-machine.  Times are medians of ratios to a plain step of the first way that ran just before, in the same process.
+Counts are of the convolutions and matrix products of one step, and of the bytes that all else in it (normalization,
+activation, pooling) reads and writes, in units of a plain step's; they do not depend on the machine.
+Times are medians of ratios to a plain step of the first way that ran just before, in the same process.
 A way is what train.py offers to be faster, joined by +: float32 (nothing), tf32 (which train.py refuses for small h),
 bfloat16 (--amp), channels_last, compile.  Beside it stands what it costs: how far the mean penalty is from the same in
 float64, and the cosine of its weight gradient to that.
@@ -27,6 +28,7 @@ import torch
 import typer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
@@ -46,12 +48,14 @@ WAYS = ("float32", "tf32", "bfloat16", "channels_last", "compile")
 class CountProducts(TorchDispatchMode):
     """Context: `flops` counts two operations for every multiply-add of a convolution or matrix product.
 
+    `moved` counts the bytes of what goes into, and comes out of, every other operation that is not a mere view.
+
     torch's own FlopCounterMode fails inside autograd.grad, and overcounts the backward pass of grouped convolutions.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -64,6 +68,9 @@ class CountProducts(TorchDispatchMode):
         elif name in ("mm", "addmm", "bmm"):
             a, b = args[-2:] if name == "addmm" else args[:2]
             self.flops += 2 * a.numel() * b.shape[-1]
+        elif not (func.is_view or name in ("detach", "_unsafe_view")):
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.moved += sum(x.numel() * x.element_size() for x in tensors)
         return out
 
 
@@ -78,11 +85,11 @@ def step(objective: nn.Module, images: Tensor, labels: Tensor) -> None:
     objective(images, labels).objective(1.0).backward()
 
 
-def count(objective: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Operations of one training step, without the optimizer."""
+def count(objective: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Operations of one training step, without the optimizer, and the bytes that are moved beside them."""
     with CountProducts() as counter:
         step(objective, images, labels)
-    return counter.flops
+    return counter.flops, counter.moved
 
 
 def measure(objective: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -181,14 +188,14 @@ def main(
     torch.manual_seed(0)
     network = models.build(model, classes=classes).to(device).train()
     plain = prepared(network, images, labels, ways[way[0]], **METHODS["plain"], norm=norm)
-    flops = count(prepared(network, images, labels, [], **METHODS["plain"]).objective, images, labels)
+    flops, moved = count(prepared(network, images, labels, [], **METHODS["plain"]).objective, images, labels)
     hardware = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
     print(f"{model}, {size}x{size}, batch {batch_size}, torch {torch.__version__}, {hardware}, {runs.git_commit()}")
-    print(f"plain step: {flops / batch_size / 1e9:.2f} GFLOP an image")
+    print(f"plain step: {flops / batch_size / 1e9:.2f} GFLOP and {moved / batch_size / 1e6:.0f} MB an image")
     for name, how in METHODS.items():
         options = how | {"norm": norm} | ({"h": h} if how["method"] == "fd" else {})
-        counted = count(prepared(network, images, labels, [], **options).objective, images, labels) / flops
-        line, exact = f"{name:32} {counted:5.2f} x the operations", None
+        counted, bytes_moved = count(prepared(network, images, labels, [], **options).objective, images, labels)
+        line, exact = f"{name:32} {counted / flops:5.2f} x the operations {bytes_moved / moved:5.2f} x the bytes", None
         if timed and name != "plain":
             double = prepared(copy.deepcopy(network).double(), images.double(), labels, [], **options)
             exact = penalty_and_gradient(double)

@@ -16,7 +16,7 @@ def operations(method, central=False):
     torch.manual_seed(0)
     network = models.build("resnext34", classes=10)
     objective = train.Objective(network, method=method, norm="l2", h=0.01, central=central)
-    return count(objective, torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))
+    return count(objective, torch.rand(2, 3, 32, 32), torch.tensor([1, 2]))[0]
 
 
 @pytest.mark.parametrize(("method", "central"), UNITS)
@@ -39,6 +39,15 @@ def test_the_counter_counts_a_convolution_by_hand(groups):
     with CountProducts() as input_only:
         torch.autograd.grad(conv(x).sum(), x)
     assert input_only.flops == 2 * by_hand  # one forward and one of the two backward products
+
+
+def test_the_counter_counts_moved_bytes_by_hand():
+    """Every tensor in and out, and no view."""
+    x = torch.rand(5, 7)
+    with CountProducts() as counter:
+        (x.t().relu() + 1).sum()
+    assert counter.flops == 0
+    assert counter.moved == 4 * (2 * 35 + 2 * 35 + 35 + 1)
 
 
 def test_the_counter_counts_a_linear_layer_by_hand():
