@@ -2,8 +2,10 @@
 
 import argparse
 import functools
+import json
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -454,3 +456,20 @@ def test_an_activation_takes_the_place_of_modules_and_functions_are_counted(call
 def test_a_network_without_a_relu_that_is_a_module_is_refused():
     with pytest.raises(ValueError, match="no ReLU among the network's modules, and a relu that is called"):
         models.with_activation(nn.Sequential(nn.Linear(2, 2), nn.GELU()), "silu")
+
+
+KEPT = sorted((Path(__file__).parent.parent / "results" / "networks").glob("*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
+def test_a_network_that_is_kept_opens_as_a_run_and_knows_no_place(path):
+    network, config = models.load(path.parent), json.loads((path.parent / "config.json").read_text())
+    logits = network(torch.rand(2, config["channels"], 32, 32))
+    assert logits.shape == (2, config["classes"])
+    assert not any(isinstance(value, str) and value.startswith("/") for value in config["options"].values())
+    card = (path.parent.parent / "README.md").read_text()
+    assert path.parent.name in card
+
+
+def test_some_networks_are_kept():
+    assert KEPT
