@@ -202,6 +202,16 @@ def test_the_rate_is_linear_between_the_rows_of_a_schedule():
     assert [plan.rate(step) for step in (0, 25, 99)] == pytest.approx([1.0, 1.5, 2.98])
 
 
+def test_the_weight_is_0_before_the_penalty_begins_and_rises_from_there():
+    late = {"epochs": 10, "lam": 0.4, "penalty_from": 0.5, "schedule": ((0, 1, 1), (10, 0, 0))}
+    weights_of = {}
+    for warmup in (0.0, 2.0):
+        plan = train.Plan(train.Options(**late, lam_warmup=warmup), images=1280)
+        weights_of[warmup] = [plan.lam(step) for step in (0, 49, 50, 60, 70, 99)]
+    assert weights_of[0.0] == [0, 0, 0.4, 0.4, 0.4, 0.4]
+    assert weights_of[2.0] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4])
+
+
 def test_exact_methods_follow_the_same_path(monkeypatch, tmp_path):
     """With a tiny step, the finite difference trains (nearly) the network of its exact twins."""
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
