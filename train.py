@@ -159,7 +159,7 @@ RECIPES = {
         schedule=((0, 0.05, 0.05), (12, 0.01, 0.01), (24, 0.002, 0.002), (32, 0.0004, 0.0004), (40, 0, 0)),
     ),
     "cifar10": Options(),
-    # One cycle of the learning rate; an activation that the penalty costs less accuracy (results/activations.md).
+    # One cycle of the learning rate; a smooth activation, which the penalty costs less accuracy (results/README.md).
     "cifar10-fast": Options(
         recipe="fast", model="resnet9", activation="gelu", epochs=16, lr=0.02, nesterov=True, cutout=False,
         amp=True, channels_last=True, schedule=((0, 0.02, 0.2), (3, 0.2, 0), (16, 0, 0)),
@@ -401,9 +401,8 @@ class Plan:
     """
 
     def __init__(self, options: Options, images: int, processes: int = 1):
+        self.options = options
         self.phases, self.schedule, self.epochs = options.phases, options.schedule, options.epochs
-        self.penalty_from = options.penalty_from
-        self.most, self.warmup = options.lam, options.lam_warmup
         self.replays = options.replays if options.method == "free" else 1
         for phase in self.phases:
             if phase.batch_size > images:
@@ -432,7 +431,7 @@ class Plan:
 
     def since(self, step: int) -> float:
         """Epochs since the penalty began; negative before."""
-        return self.epoch(step) - self.penalty_from * self.epochs
+        return self.epoch(step) - self.options.penalty_from * self.epochs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: phases may be stretched unevenly, the schedule follows them."""
@@ -444,8 +443,8 @@ class Plan:
 
     def lam(self, step: int) -> float:
         """The weight of the penalty at a step: it rises linearly, from 0 where the penalty begins, in a warm-up."""
-        since = self.since(step)
-        return self.most * (max(0.0, min(1.0, since / self.warmup)) if self.warmup else since >= 0)
+        since, warmup = self.since(step), self.options.lam_warmup
+        return self.options.lam * (max(0.0, min(1.0, since / warmup)) if warmup else since >= 0)
 
 
 def stretch(recipe: Options, *, epochs: int, batch_size: int) -> tuple[Phase, ...]:
@@ -1062,9 +1061,10 @@ def trained_before(given: dict[str, Any], world: World) -> dict[str, Any]:
     """Network and activation of the run that --init names, if any.  Raises Unusable as `models.changed_since`."""
     run = runs.resolve(Path(given.get("init", "")))
     config = config_at(run) if "init" in given else {}
-    for line in models.changed_since(config, run) if config and "model" not in given else ():
+    known = {k: v for k, v in config.get("options", {}).items() if k in ("model", "activation") and isinstance(v, str)}
+    for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
         world.console.print(f"warning: {line}")
-    return {name: value for name, value in config.get("options", {}).items() if name in ("model", "activation")}
+    return known
 
 
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:

@@ -367,13 +367,18 @@ def plain():
     return small(norm=False)
 
 
-CASES = {  # method, batch normalization, updates
+CASES = {  # options, network, updates
     "fd": ({"method": "fd"}, plain, 4),
     "fd, central, linf": ({"method": "fd", "central": True, "norm": "linf"}, plain, 4),
     "fd, batch norm": ({"method": "fd"}, small, 4),
     "exact": ({"method": "exact"}, plain, 4),
     "exact, batch norm": ({"method": "exact"}, small, 4),
     "jvp, batch norm": ({"method": "jvp"}, small, 4),
+    "fd, a share, from the third step on, batch norm": (
+        {"penalty_share": 0.5, "penalty_from": 1 / 40, "lam_warmup": 1.0, "unsquared": True},
+        small,
+        4,
+    ),
     "noise": ({"method": "noise"}, plain, 4),
     "at": ({"method": "at"}, plain, 4),
     "at, batch norm": ({"method": "at"}, small, 1),  # then the running statistics of the parts differ
