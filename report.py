@@ -194,7 +194,7 @@ def show(table: Table, console: Console) -> None:
 
 # What all rows of the paper on a data set have in common; a run that differs in it is not set beside them.
 RECIPES = {
-    "cifar10": {"model": ("resnext34-authors",), "epochs": (200,)},
+    "cifar10": {"model": ("resnext34-authors",), "epochs": (200,), "batch_size": (128,), "lr": (0.1,)},
     "imagenet": {"model": ("resnet50",), "epochs": (29,), "penalty_space": ("normalized",)},
 }
 COMMON = {"activation": ("relu",), "central": (False,), "subset": (None,)}

@@ -639,7 +639,7 @@ def test_the_rows_of_the_tables_are_the_papers():
     import report
     from benchmarks import tables
 
-    source = data.InMemory(torch.zeros(128, 3, 2, 2, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
+    source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
     images = data.Data(source, source, list("ab"), 3)
     rows = tables.rows_of("cifar10")
     for row in rows:

@@ -401,6 +401,19 @@ def test_a_folder_that_is_no_run_is_one_line_and_stays_as_it_is(monkeypatch, tmp
     assert list(tmp_path.iterdir()) == before
 
 
+def test_a_run_of_before_some_options_is_one_with_their_defaults(monkeypatch, tmp_path, whole, capsys):
+    run, new = copy_of(whole, tmp_path), {"lam_warmup", "unsquared", "statistics", "init", "nesterov", "cutout"}
+    state = models.read_checkpoint(run / "checkpoint.pt")
+    state["config"]["options"] = {k: v for k, v in state["config"]["options"].items() if k not in new}
+    torch.save(state, run / "checkpoint.pt")
+    (run / "config.json").write_text(json.dumps(state["config"]))
+    again = [*SMALL, "--runs", tmp_path, "--name", run.name]
+    assert command(monkeypatch, *again, "--lam-warmup", 1, "--statistics", "running") == 2
+    assert "exists, with other options (lam_warmup, statistics); " in one_line(capsys)
+    assert command(monkeypatch, *again) == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().out
+
+
 def test_a_foreign_checkpoint_is_refused(monkeypatch, tmp_path, whole, capsys):
     run = copy_of(whole, tmp_path)
     state = models.read_checkpoint(run / "checkpoint.pt")
