@@ -302,7 +302,7 @@ class Trainer:
         for i, part in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), 1):
             last = i == parts or self.world.size == 1  # with it the processes average their gradients
             with contextlib.nullcontext() if last else self.objective.no_sync():
-                out = self.objective(*part, self.plan.penalised(self.step))
+                out = self.objective(*part, self.plan.since(self.step) >= 0)
                 (out.objective(self.lam) / parts).backward()
             self.meter.add(out, self.lam)
         self.optimizer.step()
@@ -328,7 +328,7 @@ class Trainer:
         self.meter.clear()
         which = {"seed": self.options.seed, "epoch": epoch, "first": first // self.plan.replays}
         batches = data.training_batches(self.train_images, batch_size=self.phase.batch_size, **which, **self.share)
-        with contextlib.closing(batches):  # whatever happens, its worker processes end
+        with contextlib.closing(batches):  # whatever happens, its threads end
             for images, labels in batches:
                 for _ in range(self.plan.replays - self.plan.locate(self.step)[1] % self.plan.replays):
                     self.update(images.contiguous(memory_format=self.layout), labels)
@@ -401,9 +401,8 @@ class Plan:
     """
 
     def __init__(self, options: Options, images: int, processes: int = 1):
+        self.options = options
         self.phases, self.schedule, self.epochs = options.phases, options.schedule, options.epochs
-        self.penalty_from = options.penalty_from
-        self.most, self.warmup = options.lam, options.lam_warmup
         self.replays = options.replays if options.method == "free" else 1
         for phase in self.phases:
             if phase.batch_size > images:
@@ -430,8 +429,9 @@ class Plan:
         epoch, done = self.locate(step)
         return epoch + (done / self.steps[epoch] if done else 0)
 
-    def penalised(self, step: int) -> bool:
-        return self.epoch(step) >= self.penalty_from * self.epochs
+    def since(self, step: int) -> float:
+        """Epochs since the penalty began; negative before."""
+        return self.epoch(step) - self.options.penalty_from * self.epochs
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: phases may be stretched unevenly, the schedule follows them."""
@@ -443,8 +443,8 @@ class Plan:
 
     def lam(self, step: int) -> float:
         """The weight of the penalty at a step: it rises linearly, from 0 where the penalty begins, in a warm-up."""
-        since = self.epoch(step) - self.penalty_from * self.epochs
-        return self.most * (max(0.0, min(1.0, since / self.warmup)) if self.warmup else 1.0)
+        since, warmup = self.since(step), self.options.lam_warmup
+        return self.options.lam * (max(0.0, min(1.0, since / warmup)) if warmup else since >= 0)
 
 
 def stretch(recipe: Options, *, epochs: int, batch_size: int) -> tuple[Phase, ...]:
@@ -914,7 +914,8 @@ def coordinates_of(given: dict[str, Any], recipe: Options) -> dict[str, Any]:
     if space == "normalized" and not normalized:
         raise Failure(f"--penalty-space normalized: model {model} takes pixels as they are; leave it out", 2)
     std = 1.0 if space == recipe.penalty_space else models.MEAN_STD if space == "pixel" else 1 / models.MEAN_STD
-    return {"penalty_space": space, "lam": recipe.lam * std ** (1 if "unsquared" in given else 2), "h": recipe.h * std}
+    power = 1 if given.get("unsquared") else 2
+    return {"penalty_space": space, "lam": recipe.lam * std**power, "h": recipe.h * std}
 
 
 def options_of(config: dict[str, Any]) -> Options:
@@ -1056,6 +1057,16 @@ def config_at(path: Path) -> dict[str, Any]:
     return {}
 
 
+def trained_before(given: dict[str, Any], world: World) -> dict[str, Any]:
+    """Network and activation of the run that --init names, if any.  Raises Unusable as `models.changed_since`."""
+    run = runs.resolve(Path(given.get("init", "")))
+    config = config_at(run) if "init" in given else {}
+    known = {k: v for k, v in config.get("options", {}).items() if k in ("model", "activation") and isinstance(v, str)}
+    for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
+        world.console.print(f"warning: {line}")
+    return known
+
+
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:
     """The images of a run.  Raises Failure."""
     split = options.get("split", 0.0)
@@ -1165,8 +1176,7 @@ def main(**options: Any) -> None:
         if not alone and (name or given.get("method") in {"none", "noise"}):
             raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
         given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
-        before = config_at(runs.resolve(Path(given["init"]))).get("options", {}) if "init" in given else {}
-        given = {name: before[name] for name in ("model", "activation") if name in before} | given  # a run knows them
+        given = trained_before(given, world) | given
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
         images = load_images(given)
         (partial(begin, name=name) if alone else compare)(given, root=root, images=images, world=world)

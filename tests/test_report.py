@@ -133,6 +133,7 @@ def test_a_terminal_of_any_encoding_and_width_shows_every_figure(encoding, width
 
 OPTIONS = {
     **{"model": "resnext34-authors", "epochs": 200, "activation": "relu", "central": False, "subset": None},
+    **{"batch_size": 128, "lr": 0.1},
     **{"norm": "l2", "lam": 0.1, "h": 0.01, "eps": 8 / 255, "attack_steps": 7, "replays": 8, "penalty_space": "pixel"},
 }
 
@@ -170,6 +171,16 @@ def test_a_paper_row_is_found_for_the_same_method():
         {"subset": 1000},
         {"lam": 0.2},
         {"h": 0.1},
+        {"lr": 0.05},
+        {"batch_size": 64},
+        {"unsquared": True},
+        {"init": "weights.pt"},
+        {"recipe": "fast"},
+        {"size": 64},
+        {"statistics": "running"},
+        {"lam_warmup": 1.0},
+        {"penalty_share": 0.5},
+        {"penalty_from": 0.5},
         {"method": "noise"},
         {"step": 99},  # interrupted
         {"dataset": "digits"},

@@ -367,13 +367,18 @@ def plain():
     return small(norm=False)
 
 
-CASES = {  # method, batch normalization, updates
+CASES = {  # options, network, updates
     "fd": ({"method": "fd"}, plain, 4),
     "fd, central, linf": ({"method": "fd", "central": True, "norm": "linf"}, plain, 4),
     "fd, batch norm": ({"method": "fd"}, small, 4),
     "exact": ({"method": "exact"}, plain, 4),
     "exact, batch norm": ({"method": "exact"}, small, 4),
     "jvp, batch norm": ({"method": "jvp"}, small, 4),
+    "fd, a share, from the third step on, batch norm": (
+        {"penalty_share": 0.5, "penalty_from": 1 / 40, "lam_warmup": 1.0, "unsquared": True},
+        small,
+        4,
+    ),
     "noise": ({"method": "noise"}, plain, 4),
     "at": ({"method": "at"}, plain, 4),
     "at, batch norm": ({"method": "at"}, small, 1),  # then the running statistics of the parts differ
@@ -634,7 +639,7 @@ def test_the_rows_of_the_tables_are_the_papers():
     import report
     from benchmarks import tables
 
-    source = data.InMemory(torch.zeros(128, 3, 2, 2, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
+    source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
     images = data.Data(source, source, list("ab"), 3)
     rows = tables.rows_of("cifar10")
     for row in rows:

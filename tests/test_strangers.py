@@ -624,6 +624,8 @@ def test_nothing_in_a_run_directory_is_executed(mine, capsys):
         models.load(mine / "runs/a")
     capsys.readouterr()
     assert "lies in the run itself" in one_line(capsys, got=command(train, "--resume", "runs/a"))
+    write(mine, {"runs/a/config.json": json.dumps(state["config"])})
+    assert "lies in the run itself" in one_line(capsys, got=command(train, *SMALL, "--init", "runs/a"))
     assert not (mine / "executed").exists()
 
 

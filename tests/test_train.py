@@ -202,6 +202,16 @@ def test_the_rate_is_linear_between_the_rows_of_a_schedule():
     assert [plan.rate(step) for step in (0, 25, 99)] == pytest.approx([1.0, 1.5, 2.98])
 
 
+def test_the_weight_is_0_before_the_penalty_begins_and_rises_from_there():
+    late = {"epochs": 10, "lam": 0.4, "penalty_from": 0.5, "schedule": ((0, 1, 1), (10, 0, 0))}
+    weights_of = {}
+    for warmup in (0.0, 2.0):
+        plan = train.Plan(train.Options(**late, lam_warmup=warmup), images=1280)
+        weights_of[warmup] = [plan.lam(step) for step in (0, 49, 50, 60, 70, 99)]
+    assert weights_of[0.0] == [0, 0, 0.4, 0.4, 0.4, 0.4]
+    assert weights_of[2.0] == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4])
+
+
 def test_exact_methods_follow_the_same_path(monkeypatch, tmp_path):
     """With a tiny step, the finite difference trains (nearly) the network of its exact twins."""
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
@@ -389,6 +399,19 @@ def test_a_folder_that_is_no_run_is_one_line_and_stays_as_it_is(monkeypatch, tmp
     assert command(monkeypatch, *SMALL, "--runs", tmp_path.parent, "--name", tmp_path.name) == 2
     assert "with no run in it" in one_line(capsys)
     assert list(tmp_path.iterdir()) == before
+
+
+def test_a_run_of_before_some_options_is_one_with_their_defaults(monkeypatch, tmp_path, whole, capsys):
+    run, new = copy_of(whole, tmp_path), {"lam_warmup", "unsquared", "statistics", "init", "nesterov", "cutout"}
+    state = models.read_checkpoint(run / "checkpoint.pt")
+    state["config"]["options"] = {k: v for k, v in state["config"]["options"].items() if k not in new}
+    torch.save(state, run / "checkpoint.pt")
+    (run / "config.json").write_text(json.dumps(state["config"]))
+    again = [*SMALL, "--runs", tmp_path, "--name", run.name]
+    assert command(monkeypatch, *again, "--lam-warmup", 1, "--statistics", "running") == 2
+    assert "exists, with other options (lam_warmup, statistics); " in one_line(capsys)
+    assert command(monkeypatch, *again) == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().out
 
 
 def test_a_foreign_checkpoint_is_refused(monkeypatch, tmp_path, whole, capsys):
