@@ -1057,9 +1057,7 @@ def config_at(path: Path) -> dict[str, Any]:
 
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:
     """The images of a run.  Raises Failure."""
-    split = options.get("split", 0.0)
-    if not 0 <= split < 1 or (split and options["dataset"] == "digits"):
-        raise Failure(f"--split {split:g}: must be a share from 0 to less than 1, of a folder of images", 2)
+    split = data.check_split(options["dataset"], options.get("split", 0.0))
     how = {"subset": options.get("subset"), "split": split, "channels": channels}
     return data.load(options["dataset"], options["data_dir"], **how)
 
@@ -1145,6 +1143,8 @@ def compare(given: dict[str, Any], *, root: Path, images: data.Data, world: Worl
 def main(**options: Any) -> None:
     """What `Command` says."""
     given = {name: value for name, value in options.items() if value is not None}
+    if empty := [name for name, value in given.items() if value == ""]:  # of a shell's variable that is not set, say
+        raise Failure(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out", 2)
     if "resume" in given and (extra := given.keys() - MAY_CHANGE - {"resume", "device"}):
         flags = ", ".join(sorted("DATASET" if e == "dataset" else f"--{e.replace('_', '-')}" for e in extra))
         raise Failure(f"--resume takes the run's own options: leave out {flags}", 2)
