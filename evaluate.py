@@ -88,7 +88,7 @@ class Settings:
     targets: Annotated[list[str], typer.Argument(help="Run directories, or FILE.py:FACTORY (a function that returns an nn.Module for images in [0, 1]).")]
     dataset: Annotated[str, IMAGES("The images for FILE.py:FACTORY (digits, cifar10, imagenet, or an image folder).", "--data")] = "digits"
     data_dir: Annotated[Path | None, IMAGES("Where the images are (default: where the run had them; else data).")] = None
-    size: Annotated[int | None, IMAGES("Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1)] = None
+    size: Annotated[int | None, IMAGES("Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1, max=4096)] = None
     split: Annotated[float, IMAGES("As train.py's: the share of a folder's images to test on, where it has no test/ or val/; a run knows its own.")] = 0.0
     images: Annotated[int, IMAGES("Images to evaluate; at most half of the test images.", min=2)] = 1000
     calibration: Annotated[int, IMAGES("Other images, attacked to calibrate the bounds: 199 or more; 0 for no bounds.", min=0)] = 200

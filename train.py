@@ -834,7 +834,9 @@ def check_given(given: dict[str, Any]) -> None:
         if isinstance(value, int | float):
             zero = f.name in {"lam", "lam_warmup", "seed", "workers", "penalty_from"}
             most = math.inf if isinstance(value, float) else 10**9
-            most = {"seed": 2**64 - 1, "epochs": 10**5, "penalty_share": 1, "penalty_from": 1}.get(f.name, most)
+            most = {"seed": 2**64 - 1, "epochs": 10**5, "size": 4096, "penalty_share": 1, "penalty_from": 1}.get(
+                f.name, most
+            )
             if not 0 <= value < math.inf or (value == 0 and not zero):
                 raise Failure(f"{flag} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
@@ -864,7 +866,9 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     if len(images.test) < world.size:
         raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
     options = replace(options, schedule=at_rate(recipe, options.lr).schedule)
-    return replace(options, phases=stretch(recipe, epochs=options.epochs, batch_size=options.batch_size))
+    *first, last = stretch(recipe, epochs=options.epochs, batch_size=options.batch_size)
+    last = replace(last, size=given.get("size", last.size))  # of few epochs, too, which have not all phases
+    return replace(options, phases=(*first, last))
 
 
 def at_rate(options: Options, lr: float) -> Options:

@@ -707,6 +707,24 @@ def test_a_network_or_weights_that_cannot_be_trained_are_refused_in_one_line(min
     assert not (mine / "runs").exists()
 
 
+@pytest.mark.parametrize("size", [48, 200, 300])
+@pytest.mark.parametrize("epochs", [1, 2, 29])
+def test_a_size_that_was_asked_for_is_the_last_one_of_any_number_of_epochs(tmp_path, size, epochs):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (90, 80)).save(tmp_path / part / name / "1.jpg")
+    images = data.load(str(tmp_path))
+    given = {"dataset": str(tmp_path), "model": "resnet50", "size": size, "epochs": epochs}
+    sizes = [phase.size for phase in train.resolve(given, images, runs.World("cpu")).phases]
+    assert sizes[-1] == size == max(sizes)
+
+
+def test_a_size_that_no_memory_holds_is_refused_in_one_line(mine, capsys):
+    assert "--size" in one_line(capsys, got=command(train, "somewhere", "--size", 10**8))
+    assert "--size" in one_line(capsys, got=command(evaluate, "repo/net.py:build", "--size", 10**8))
+
+
 @pytest.mark.parametrize("option", ["init", "model", "resume", "name", "data-dir", "runs"])
 def test_an_option_that_a_shell_left_empty_is_refused_in_one_line(mine, capsys, option):
     """--init "$WEIGHTS" where there is no WEIGHTS must not train from random ones, nor --resume begin a new run."""
