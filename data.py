@@ -371,6 +371,13 @@ def held_out(sets: dict[int, Path], channels: int = 3, classes: Sequence[str] = 
     return _share(list_images(sets, "train", **how), split, kept=True)
 
 
+def check_split(name: str, split: float) -> float:
+    """The same `split`.  Raises DataError for one that is no share, or where `name` is not a folder of images."""
+    if not 0 <= split < 1 or (split and name == "digits"):
+        raise DataError(f"--split {split:g}: must be a share from 0 to less than 1, of a folder of images")
+    return split
+
+
 def _share(files: Files, split: float, *, kept: bool) -> Files:
     """The images that are kept for testing, or the others: a fixed function of each name, whatever else there is."""
     stems = [os.fsencode(os.path.splitext(name)[0]) for name in files.names.tolist()]

@@ -88,7 +88,8 @@ class Settings:
     targets: Annotated[list[str], typer.Argument(help="Run directories, or FILE.py:FACTORY (a function that returns an nn.Module for images in [0, 1]).")]
     dataset: Annotated[str, IMAGES("The images for FILE.py:FACTORY (digits, cifar10, imagenet, or an image folder).", "--data")] = "digits"
     data_dir: Annotated[Path | None, IMAGES("Where the images are (default: where the run had them; else data).")] = None
-    size: Annotated[int | None, IMAGES("Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1)] = None
+    size: Annotated[int | None, IMAGES("Pixels a side of images read from a folder of large ones (default: as the run was trained; else 224).", min=1, max=4096)] = None
+    split: Annotated[float, IMAGES("As train.py's: the share of a folder's images to test on, where it has no test/ or val/; a run knows its own.")] = 0.0
     images: Annotated[int, IMAGES("Images to evaluate; at most half of the test images.", min=2)] = 1000
     calibration: Annotated[int, IMAGES("Other images, attacked to calibrate the bounds: 199 or more; 0 for no bounds.", min=0)] = 200
     topk: Annotated[int | None, IMAGES("Count an image as right when its label is in the top K (default 1; imagenet 5).", min=1)] = None
@@ -107,6 +108,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """What is given several times counts once.  Raises Failure for options that mean nothing."""
+        data.check_split(self.dataset, self.split)
         if 0 < self.blocks < 5:
             raise Failure(f"--blocks must be 0, or 5 or more, not {self.blocks}", 2)
         if self.suite == "paper" and self.budget:
@@ -258,7 +260,8 @@ def open_factory(spec: str, settings: Settings) -> Target:
     """
     network = refused = None
     for channels in (3, 1):
-        source, classes = data.load_test(settings.dataset, settings.data_dir, channels=channels)
+        how = {"channels": channels, "split": settings.split}
+        source, classes = data.load_test(settings.dataset, settings.data_dir, **how)
         source = at_size(source, settings.size)
         network = network or models.from_file(spec, classes=len(classes), seed=settings.seed).eval()
         images, _ = data.fetch(source, np.arange(min(2, len(source))), torch.device("cpu"))

@@ -834,7 +834,9 @@ def check_given(given: dict[str, Any]) -> None:
         if isinstance(value, int | float):
             zero = f.name in {"lam", "lam_warmup", "seed", "workers", "penalty_from"}
             most = math.inf if isinstance(value, float) else 10**9
-            most = {"seed": 2**64 - 1, "epochs": 10**5, "penalty_share": 1, "penalty_from": 1}.get(f.name, most)
+            most = {"seed": 2**64 - 1, "epochs": 10**5, "size": 4096, "penalty_share": 1, "penalty_from": 1}.get(
+                f.name, most
+            )
             if not 0 <= value < math.inf or (value == 0 and not zero):
                 raise Failure(f"{flag} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
@@ -865,7 +867,9 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     if len(images.test) < world.size:
         raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
     options = replace(options, schedule=at_rate(recipe, options.lr).schedule)
-    return replace(options, phases=stretch(recipe, epochs=options.epochs, batch_size=options.batch_size))
+    *first, last = stretch(recipe, epochs=options.epochs, batch_size=options.batch_size)
+    last = replace(last, size=given.get("size", last.size))  # of few epochs, too, which have not all phases
+    return replace(options, phases=(*first, last))
 
 
 def at_rate(options: Options, lr: float) -> Options:
@@ -1069,9 +1073,7 @@ def trained_before(given: dict[str, Any], world: World) -> dict[str, Any]:
 
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:
     """The images of a run.  Raises Failure."""
-    split = options.get("split", 0.0)
-    if not 0 <= split < 1 or (split and options["dataset"] == "digits"):
-        raise Failure(f"--split {split:g}: must be a share from 0 to less than 1, of a folder of images", 2)
+    split = data.check_split(options["dataset"], options.get("split", 0.0))
     how = {"subset": options.get("subset"), "split": split, "channels": channels}
     return data.load(options["dataset"], options["data_dir"], **how)
 
@@ -1157,6 +1159,8 @@ def compare(given: dict[str, Any], *, root: Path, images: data.Data, world: Worl
 def main(**options: Any) -> None:
     """What `Command` says."""
     given = {name: value for name, value in options.items() if value is not None}
+    if empty := [name for name, value in given.items() if value == ""]:  # of a shell's variable that is not set, say
+        raise Failure(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out", 2)
     if "resume" in given and (extra := given.keys() - MAY_CHANGE - {"resume", "device"}):
         flags = ", ".join(sorted("DATASET" if e == "dataset" else f"--{e.replace('_', '-')}" for e in extra))
         raise Failure(f"--resume takes the run's own options: leave out {flags}", 2)

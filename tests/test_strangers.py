@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -707,6 +709,32 @@ def test_a_network_or_weights_that_cannot_be_trained_are_refused_in_one_line(min
     assert not (mine / "runs").exists()
 
 
+@pytest.mark.parametrize("size", [48, 200, 300])
+@pytest.mark.parametrize("epochs", [1, 2, 29])
+def test_a_size_that_was_asked_for_is_the_last_one_of_any_number_of_epochs(tmp_path, size, epochs):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (90, 80)).save(tmp_path / part / name / "1.jpg")
+    images = data.load(str(tmp_path))
+    given = {"dataset": str(tmp_path), "model": "resnet50", "size": size, "epochs": epochs}
+    sizes = [phase.size for phase in train.resolve(given, images, runs.World("cpu")).phases]
+    assert sizes[-1] == size == max(sizes)
+
+
+def test_a_size_that_no_memory_holds_is_refused_in_one_line(mine, capsys):
+    assert "--size" in one_line(capsys, got=command(train, "somewhere", "--size", 10**8))
+    assert "--size" in one_line(capsys, got=command(evaluate, "repo/net.py:build", "--size", 10**8))
+
+
+@pytest.mark.parametrize("option", ["init", "model", "resume", "name", "data-dir", "runs"])
+def test_an_option_that_a_shell_left_empty_is_refused_in_one_line(mine, capsys, option):
+    """--init "$WEIGHTS" where there is no WEIGHTS must not train from random ones, nor --resume begin a new run."""
+    chosen = [] if option == "resume" else SMALL
+    assert f"--{option} is empty" in one_line(capsys, got=command(train, *chosen, f"--{option}", ""))
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("model", ["nets.py", "absent.py:net", "torchvision:resnet19", "resnet"])
 def test_a_name_of_no_network_is_refused_in_one_line(mine, capsys, model):
     write(mine, {"nets.py": NETS})
@@ -782,6 +810,31 @@ def test_the_page_on_your_network_is_what_happens(tmp_path, monkeypatch):
         assert config["options"]["model"] == f"{tmp_path}/mine/net.py:build"
     assert sum(isinstance(m, nn.GELU) for m in models.load("runs/smooth").modules()) == 1
     assert len(list(Path("evaluations").glob("*_vs_*/report.md"))) == 2
+
+
+def test_a_file_is_evaluated_on_the_images_that_a_split_kept_from_its_run(tmp_path, monkeypatch, capsys):
+    """As the run itself, so that both stand in one table; nowhere else is there anything to keep."""
+    monkeypatch.chdir(write(tmp_path, MINE))
+    for name in ("cat", "dog", "owl"):
+        Path("photos/train", name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(np.full((8, 8), i, np.uint8)).save(f"photos/train/{name}/{i}.png")
+    run = ["photos", "--split", 0.4, "--epochs", 1, "--model", "repo/net.py:build", "--name", "run"]
+    assert command(train, *run) == 0
+    settings = evaluate.Settings(["repo/net.py:build", "runs/run"], dataset="photos", split=0.4)
+    file, run = evaluate.open_targets(settings)
+    assert 2 <= len(file.source) < 60
+    assert file.same_images(run)
+    rows = range(len(file.source))
+    for one, other in zip(file.fetch(rows, torch.device("cpu")), run.fetch(rows, torch.device("cpu")), strict=True):
+        assert torch.equal(one, other)
+    capsys.readouterr()
+    for images in ("digits", "photos"):
+        for split in (-0.1, 0.4, 1.0, math.nan):
+            if (images, split) != ("photos", 0.4):
+                got = command(evaluate, "repo/net.py:build", "--data", images, "--split", split)
+                assert "--split" in one_line(capsys, got=got)
+    assert not Path("evaluations").exists()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
