@@ -5,6 +5,7 @@
     python benchmarks/attacks.py --data cifar10 --data-dir cifar --cache cifar_cnn.pt --images 24
     python benchmarks/attacks.py --data imagenet --data-dir imagenet --topk 5 --images 8
     python benchmarks/attacks.py --budgets                                        # no peers: `smallest` at every budget
+    python benchmarks/attacks.py --budgets --run results/networks/cifar10-fast-robust --data-dir DIR     # of a run
     python benchmarks/attacks.py --data exact                                     # no peers: against exact distances
 
 --data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images (cifar10) or val/<class>/*.JPEG, shrunk to
@@ -22,6 +23,7 @@ a network whose ten classes are the label, and the others by rank from the k-th 
 
 import functools
 import itertools
+import json
 import sys
 import time
 import warnings
@@ -39,7 +41,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import oracle
 
 import attacks
+import data as images_of
 import gradreg
+import models
 
 ORDER = {"l2": 2, "linf": float("inf")}
 
@@ -138,6 +142,17 @@ def prepare(data: str, data_dir: Path, cache: Path | None, lam: float, count: in
 
 
 # Peers -----------------------------------------------------------------------------------------------------
+
+
+def of_run(run: Path, data_dir: Path | None, count: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network of a run, and the first of its test images, in a fixed random order, that it classifies correctly."""
+    model, config = models.load(run), json.loads((run / "config.json").read_text())
+    test, _ = images_of.load_test(config["options"]["dataset"], data_dir, classes=config["class_names"])
+    rows = images_of.order(len(test), seed=0, epoch=2)[: 2 * count]
+    x, y = images_of.fetch(test, rows, torch.device("cpu"))
+    with torch.no_grad():
+        right = (model(x).argmax(1) == y).nonzero()[:count, 0]
+    return model, x[right], y[right]
 
 
 class Counted(nn.Module):
@@ -495,6 +510,7 @@ def main(
     topk: Annotated[int, typer.Option(help="out of how many likeliest classes an image is to be moved")] = 1,
     seed: Annotated[int, typer.Option(help="of the network, if not in --cache; other images for each")] = 0,
     norms: Annotated[str, typer.Option(help="comma-separated")] = "linf,l2",
+    run: Annotated[Path | None, typer.Option(help="a run, whose network is attacked on its own test images")] = None,
     budgets: Annotated[bool, typer.Option("--budgets", help="`smallest` alone, at several budgets")] = False,
 ) -> None:
     """Print one table per norm."""
@@ -503,8 +519,11 @@ def main(
     if data == "exact":
         against_closed_forms(images, seed)
         return against_the_oracle(images)
-    model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
-    print(f"lam {lam}, seed {seed}, one thread, torch {torch.__version__}")
+    if run:
+        model, x, y = of_run(run, data_dir, images)
+    else:
+        model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
+    print(f"{run or f'lam {lam}, seed {seed}'}, one thread, torch {torch.__version__}")
     for norm in norms.split(","):
         (by_budget if budgets else compare)(model, x, y, norm, topk)
 
