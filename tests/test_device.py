@@ -234,5 +234,5 @@ def test_the_script_runs_and_goes_on(tmp_path):
     assert changed == {"cost-resnext34.log", "cost-resnet9.log"}
     report = (tmp_path / "out/gpu.md").read_text()
     assert "not to its end" not in report
-    assert re.search(r"fd +2\.\d\d x the operations +float32 +\d", report)
+    assert re.search(r"fd +2\.\d\d x the operations +\d\.\d\d x the bytes +float32 +\d", report)
     assert "'device': 'cpu" in report
