@@ -1,57 +1,51 @@
 """The dashboard: what a run directory says, in the terminal, while it trains and afterwards.
 
-    python tui.py                       pick a run under runs/
+    python tui.py                       the runs under runs/
     python tui.py runs/latest           watch one run
     python tui.py runs/a runs/b         compare runs (at most four): which is more robust?
-    python tui.py runs/latest --once    one plain-text snapshot; --json, --csv: the same for scripts
+    python tui.py runs/latest --once    one plain-text snapshot; --json: the same for scripts
 
-It only reads, tolerantly, and all it knows is the run directory (docs/run-directory.md), so it runs beside any
-trainer that writes one, on any machine.  Curves are drawn from every record: a band from the least to the greatest
-value of each column of dots, exact, and their mean over it; no spike is lost at any zoom or length.  A crash is never
-guessed from silence: STALLED is no record for longer than the run's own rhythm, the rest is what the run itself says.
+It only reads, tolerantly, and all it knows is the run directory (docs/run-directory.md).  Curves are drawn from every
+record: a band from the least to the greatest value of each column of dots, exact, and their mean over it; no spike is
+lost at any zoom or length.  A crash is never guessed from silence: STALLED is no record for longer than the run's own
+rhythm, the rest is what the run itself says.
 
-One way: files -> whole lines (Tail) -> columns (Table, Log) -> a Run -> facts, and bins -> cells (Canvas) -> the
-terminal.  Facts, bins and cells are functions of runs, view, size and time.
+One way: files -> whole lines (Tail) -> columns (Table, Log) -> a Run -> facts, and bins -> lines of text -> the
+terminal.  Facts, bins and lines are functions of runs, view, size and time; styles are those of Textual's themes.
 """
 
 import asyncio
 import contextlib
-import csv
-import errno
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import textwrap
 import time
 from collections import deque, namedtuple
 from collections.abc import Sequence
-from itertools import chain, compress, groupby, pairwise, zip_longest
+from functools import partial
+from itertools import chain, compress, groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, TextIO
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import orjson
 import typer
 from rich.cells import cell_len
 from rich.segment import Segment
-from rich.style import Style
-from rich.text import Text
-from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding
-from textual.color import Color
+from textual.content import Content
 from textual.geometry import Region, Size
-from textual.screen import Screen
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.theme import Theme
-from textual.widgets import Footer, SelectionList, Static
+from textual.widgets import Footer
 
-# ---------------------------------------------------------------- what a run measures, and as people read it
+# --- what a run measures, and as people read it -----------------------------------------------------------------------
 
 
 def number(value: float, form: str = "#.3g") -> str:
@@ -65,13 +59,13 @@ def number(value: float, form: str = "#.3g") -> str:
 
 
 def duration(seconds: float) -> str:
-    """42 s, 3m 12s, 1h 07m, 2d 03h."""
-    if not 0 <= seconds < 1e10:
-        return "–"
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return f"{days}d {h:02}h" if days else f"{h}h {m:02}m" if h else f"{m}m {s:02}s" if m else f"{s} s"
+    """Hours, minutes and seconds: 26:03:09."""
+    minutes, s = divmod(int(seconds), 60) if 0 <= seconds < 1e10 else (-1, 0)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 0 else "–"
+
+
+def progress(done: float, total: float, form: str = ",.0f") -> str:
+    return f"{done:{form}}/{total:,.0f}".replace("/nan", "").replace("nan", "–")
 
 
 def clean(text: Any, limit: int = 300) -> str:
@@ -86,59 +80,58 @@ def finite(value: Any, low: float = -3e38, high: float = 3e38) -> float:
     return float(value) if low <= value <= high else math.nan
 
 
+def entries(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def distinct(names: Sequence[str], width: int) -> list[str]:
-    """What tells the names apart, each in at most `width` cells: not the words at both ends that all share."""
+    """What tells the names apart, each at most `width` long: not the words at both ends that all share."""
     shown = list(names)
     for _ in range(2 * (len(names) > 1)):  # first from the one end, then from the other
         common = re.match(r"(.*[-_])?", os.path.commonprefix(shown))[0]  # noqa: RUF071
         shown = [name[len(common) :][::-1] for name in shown]
-    for i, name in enumerate(shown):
-        if cell_len(name) > width:  # the middle goes: the ends tell what it is (method, seed)
-            name = "".join(c if cell_len(c) == 1 else "·" for c in name)
-            shown[i] = name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
-    if len(set(shown)) < len(shown):
-        return [f"{i} {distinct([name], width - 2)[0]}" for i, name in enumerate(shown, 1)]
-    return shown
+    for i, name in enumerate(shown):  # of a long one the middle goes: the ends tell what it is (method, seed)
+        shown[i] = name if len(name) <= width else f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
+    return shown if len(set(shown)) == len(shown) else [f"{i} {name[2:]}" for i, name in enumerate(shown, 1)]
 
 
-# A column of a run's log: `panel` is its chart, `tag` stands at the end of its line, `label` in the table of numbers.
-# {dual}, {eps0}, ... are filled in from the run's own configuration; omega.i is an element of omega.
+# A column of a run's log, in the order of the charts that compare runs: `panel` is its chart, `tag` stands at the end
+# of its line, `label` in the table of numbers.  {dual}, {0}, ... are its own norm and radii.
 Series = namedtuple("Series", "name table panel colour unit tag label")
 Event = namedtuple("Event", "time step kind text")
 SERIES = {
-    words[0]: Series(*words[:6], " ".join(words[6:]))
+    words[0]: Series(*words[:3], f"$text-{words[3]}", *words[4:6], " ".join(words[6:]))
     for line in """\
-loss                   step   0  c0  nats       train   loss
-penalty                step   1  c1  nats       -       penalty
-grad_norm_mean         step   2  c2  nats/unit  mean    {dual} mean
-grad_norm_max          step   2  c3  nats/unit  max     {dual} max
-fd_error_pct           step   5  c1  %          exact   FD error %
-lr                     step   7  c0  -          -       lr
-images_per_s           step   8  c2  1/s        -       images/s
-test_loss              epoch  0  c4  nats       test    test loss
-attacked_error_pct     epoch  4  c4  %          att.    attacked %
-clean_error_pct        epoch  4  c2  %          clean   clean %
-top5_error_pct         epoch  4  c5  %          top5    top 5 %
-margin_grad_norm_mean  epoch  6  c2  1/unit     mean    margin
-margin_grad_norm_max   epoch  6  c3  1/unit     max     margin max
-fd_rounding_pct        epoch  5  c0  %          round   FD round %
-seconds                epoch  -  c1  s          -       training s
-omega.0                epoch  3  c5  -          {eps0}  ω({eps0})
-omega.1                epoch  3  c0  -          {eps1}  ω({eps1})
-omega.2                epoch  3  c2  -          {eps2}  ω({eps2})
-omega.3                epoch  3  c1  -          {eps3}  ω({eps3})
+loss                   step   0  primary    nats       train   loss
+penalty                step   1  warning    nats       -       penalty
+grad_norm_mean         step   2  success    nats/unit  mean    {dual} mean
+omega.0                epoch  3  accent     -          {0}     ω({0})
+attacked_error_pct     epoch  4  error      %          att.    attacked %
+clean_error_pct        epoch  4  success    %          clean   clean %
+test_loss              epoch  0  error      nats       test    test loss
+grad_norm_max          step   2  secondary  nats/unit  max     {dual} max
+margin_grad_norm_mean  epoch  6  success    1/unit     mean    margin
+fd_error_pct           step   5  warning    %          exact   FD error %
+lr                     step   7  primary    -          -       lr
+images_per_s           step   8  success    1/s        -       images/s
+omega.1                epoch  3  primary    -          {1}     ω({1})
+fd_rounding_pct        epoch  5  primary    %          round   FD round %
+margin_grad_norm_max   epoch  6  secondary  1/unit     max     margin max
+omega.2                epoch  3  success    -          {2}     ω({2})
+top5_error_pct         epoch  4  accent     %          top5    top 5 %
+omega.3                epoch  3  warning    -          {3}     ω({3})
 """.splitlines()
     for words in [line.split()]
 }
 PANELS = ("loss", "penalty λ/2·R", "gradient {dual}", "modulus ω", "error")  # there from the first moment
 PANELS += ("finite difference", "margin gradient {dual}", "learning rate", "images/s")
-AXES = {"step": 2.0**53, "epoch": 1e9, "time": 1e11}  # where a record lies, each with its greatest sensible value
-OMEGAS = tuple(name for name in SERIES if name.startswith("omega."))
-FIELDS = {kind: tuple(s.name for s in SERIES.values() if s.table == kind) for kind in ("step", "epoch")}
-GIVEN = {"step": FIELDS["step"], "epoch": FIELDS["epoch"][: -len(OMEGAS)]}  # as they stand in the file
+AXES = ("step", "epoch", "time")  # where a record lies
+FIELDS = {kind: (*AXES, *(s.name for s in SERIES.values() if s.table == kind)) for kind in ("step", "epoch")}
 DUALS = {"l2": "‖∇‖₂", "linf": "‖∇‖₁", "l1": "‖∇‖∞"}
+ASCII = str.maketrans("━─│┤└▴▾✗●◐○■✓↻‖∇ωλ·–…₁₂∞★†", "=-||+^vx*o.#v~|gwl.-.12i*+")
+ASCII |= dict.fromkeys(range(0x2801, 0x2900), "*")  # braille
 
-# ---------------------------------------------------------------- reading: files that others write, in bounded memory
+# --- reading: files that others write, in bounded memory --------------------------------------------------------------
 
 
 class Tail:
@@ -165,7 +158,7 @@ class Tail:
                 chunk, self.error = file.read(self.limit), ""
                 self.behind = len(chunk) == self.limit
         except OSError as error:
-            self.error, self.behind = os.strerror(error.errno or errno.EIO).lower(), False
+            self.error, self.behind = (error.strerror or str(error)).lower(), False
             gone = isinstance(error, FileNotFoundError) and self._known and self.path.parent.is_dir()
             if gone:  # only the log was deleted: another run begins in this directory
                 self.offset, self._known = 0, None
@@ -176,35 +169,14 @@ class Tail:
         return b"?\n" if endless else chunk[:end], bool(old) and not grown
 
 
-def document(path: Path, old: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object in a small file; the `old` one while it is half written; {} where there is no file."""
-    value = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_bytes()) if path.stat().st_size < 1 << 20 else None
-    return value if isinstance(value, dict) else old if os.path.exists(path) else {}
-
-
-def parse(block: bytes) -> list[Any]:
-    """One item for each line of `block` (whole lines): the JSON value, or None for a line that has none.
-
-    Equal to parsing line by line; the lines of a healthy block are parsed as one array, in a quarter of the time.
-    """
-    lines = block.count(b"\n")
-    if block.count(b"}\n{") == lines - 1:  # no value can span lines
-        with contextlib.suppress(ValueError):
-            items = orjson.loads(b"[%b]" % block[:-1].replace(b"\n", b",\n"))
-            if len(items) == lines:
-                return items
-    return [parse_line(line) for line in block.split(b"\n")[:-1]]
-
-
-def parse_line(line: bytes) -> Any:
-    """NaN and Infinity are no JSON, but json.dumps writes them: a record that holds them says so in `nonfinite`."""
-    with contextlib.suppress(ValueError, RecursionError):
-        item = json.loads(line.decode())
-        record = item if isinstance(item, dict) else {}
-        names = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        return {"nonfinite": names} | record if names else item
+def parse(text: bytes) -> Any:
+    """The value of a line or a small file; None where there is none (NaN, which is no JSON, is taken, too)."""
+    for loads in (orjson.loads, partial(json.loads, parse_int=float)):
+        try:
+            return loads(text)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 class Table:
@@ -215,9 +187,8 @@ class Table:
     """
 
     def __init__(self, names: Sequence[str], cap: int = 1 << 18):
-        self.names = {name: i for i, name in enumerate((*AXES, *names))}
-        self.cap, self.rows, self.merged = cap, 0, False
-        self.data = np.empty((3, len(self.names), 0))
+        self.names, self.cap, self.rows = {name: i for i, name in enumerate(names)}, cap, 0
+        self.data = np.empty((3, len(names), 0))
 
     def column(self, name: str, part: int = 0) -> np.ndarray:
         """The values of one column, a row each: 0 their mean, 1 the least, 2 the greatest of merged rows."""
@@ -227,29 +198,20 @@ class Table:
     def steps(self) -> np.ndarray:
         return self.column("step", 2)
 
-    def void(self, step: float) -> int:
-        """Forget the rows beyond `step`; returns how many they were."""
-        lost = self.rows - int(np.searchsorted(self.steps, step, "right"))
-        self.rows -= lost
-        return lost
-
     def append(self, values: np.ndarray) -> None:
-        """Add rows, (columns, n); steps that run backwards are put where they belong."""
-        for at in range(0, values.shape[1], self.cap // 4):
-            piece = values[:, at : at + self.cap // 4]
-            if self.rows + piece.shape[1] > self.cap:
-                self._halve()
-            start, self.rows = self.rows, self.rows + piece.shape[1]
-            if (room := self.data.shape[2]) < self.rows:
-                self.data = np.pad(self.data, [(0, 0), (0, 0), (0, min(self.cap, 2 * self.rows) - room)])
-            self.data[:, :, start : self.rows] = piece
-            steps = self.steps
-            if (np.diff(steps[max(0, start - 1) :]) < 0).any():
-                self.data[:, :, : self.rows] = self.data[:, :, np.argsort(steps, kind="stable")]
+        """Add rows, (columns, fewer than cap); steps that run backwards are put where they belong."""
+        while self.rows + values.shape[1] > self.cap:
+            self._halve()
+        start, self.rows = self.rows, self.rows + values.shape[1]
+        if (room := self.data.shape[2]) < self.rows:
+            self.data = np.pad(self.data, [(0, 0), (0, 0), (0, min(self.cap, 2 * self.rows) - room)])
+        self.data[:, :, start : self.rows] = values
+        if (np.diff(self.steps[max(0, start - 1) :]) < 0).any():
+            self.data[:, :, : self.rows] = self.data[:, :, np.argsort(self.steps, kind="stable")]
 
     def _halve(self) -> None:
         """Merge neighbours in pairs; an odd last row stays as it is."""
-        n, rows, self.merged = self.rows // 2, self.rows, True
+        n, rows = self.rows // 2, self.rows
         for v in np.moveaxis(self.data, 1, 0):  # one column at a time, for the sake of memory
             low, high = (pick(v[:, 0 : 2 * n : 2], v[:, 1 : 2 * n : 2]) for pick in (np.fmin, np.fmax))
             pairs = [low[0] / 2 + high[0] / 2, low[1], high[2]]  # where one is missing, both are the other
@@ -264,13 +226,13 @@ class Log:
         self.tables = {"step": Table(FIELDS["step"], cap), "epoch": Table(FIELDS["epoch"], cap // 8)}
         self.events: deque[Event] = deque(maxlen=500)
         self.nonfinite: list[tuple[float, str]] = []  # step and field, the first 500
-        self.resumes: deque[float] = deque(maxlen=50)  # their steps
-        self.lines = self.skipped = self.nonfinite_count = self.void_count = 0
-        self.last, self.checkpoint = dict.fromkeys(AXES, math.nan), math.nan  # where the last ones lie
+        self.lines = self.skipped = 0
+        self.last = dict.fromkeys(AXES, math.nan)  # where the last record lies
+        self.resumed = self.checkpoint = math.nan  # steps
 
     def feed(self, block: bytes) -> None:
         """Take whole lines.  A line that is no record is counted in `skipped` and changes nothing else."""
-        records = [item if isinstance(item, dict) else {} for item in parse(block)]
+        records = [entries(parse(line)) for line in block.split(b"\n")[:-1]]
         self.lines += len(records)
         for kind, group in groupby(records, key=lambda record: record.get("kind")):
             if kind in ("step", "epoch"):
@@ -281,98 +243,64 @@ class Log:
             else:
                 self.skipped += len(list(group))
 
-    def __contains__(self, name: str) -> bool:
-        return not np.isnan(self.column(name, 1)).all()
-
     def column(self, name: str, part: int = 0) -> np.ndarray:
         return self.tables[SERIES[name].table].column(name, part)
 
     def _rows(self, kind: str, records: list[dict[str, Any]]) -> None:
-        values = numbers_in(records, (*AXES, *GIVEN[kind]))
-        for row, limit in zip(values, AXES.values(), strict=False):
-            row[~((row >= 0) & (row <= limit))] = math.nan
+        if kind == "epoch":
+            omegas = [r["omega"] if isinstance(r.get("omega"), list) else () for r in records]
+            records = [r | {f"omega.{i}": v for i, v in enumerate(o)} for r, o in zip(records, omegas, strict=True)]
+        rows = [[v if type(v) in (int, float) else None for v in map(r.get, FIELDS[kind])] for r in records]
+        values = np.array(rows, dtype=np.float64).T  # None becomes NaN
+        values[~(np.abs(values) <= 3e38)] = math.nan
+        values[:3][~((values[:3] >= 0) & (values[:3] <= 1e11))] = math.nan
         good = ~np.isnan(values[0])
         self.skipped += int((~good).sum())
-        records, values = list(compress(records, good)), values[:, good]
-        if not records:
+        if not good.any():
             return
-        if kind == "epoch":
-            omegas = [r["omega"] if isinstance(r.get("omega"), list) else [] for r in records]
-            more = [[finite((omega + [None] * 4)[i]) for omega in omegas] for i in range(len(OMEGAS))]
-            values = np.vstack([values, more])
-            for step, epoch, at, _, attacked, error in values[:6].T.tolist():
-                text = f"{epoch:g}  error {number(error)} %  attacked {number(attacked)} %"
-                self.events.append(Event(at, step, "epoch", text))
-        self.tables[kind].append(values)
+        self.tables[kind].append(values := values[:, good])
         self.last = dict(zip(AXES, values[:3, -1].tolist(), strict=True))
-        for record, step in zip(records, values[0].tolist(), strict=True):
-            if names := record.get("nonfinite"):
-                names = [clean(name, 30) for name in (names[:8] if isinstance(names, list) else [names])]
-                self.nonfinite_count += 1
-                self.nonfinite += [(step, name) for name in sorted(names, key=lambda name: name != "loss")]
-                del self.nonfinite[500:]
+        for record, (step, epoch, at) in zip(compress(records, good), values[:3].T.tolist(), strict=True):
+            if kind == "epoch":
+                error, attacked = (number(finite(record.get(f"{of}_error_pct"))) for of in ("clean", "attacked"))
+                self.events.append(Event(at, step, kind, f"{epoch:g}  error {error} %  attacked {attacked} %"))
+            names = record.get("nonfinite")
+            self.nonfinite += [(step, clean(name, 30)) for name in (names if isinstance(names, list) else ())]
+        del self.nonfinite[500:]
 
     def _event(self, record: dict[str, Any]) -> None:
-        step, _, at = (finite(record.get(name), 0, limit) for name, limit in AXES.items())
+        step, at = (finite(record.get(name), 0, 1e11) for name in ("step", "time"))
         kind = clean(record.get("event", "event"), 20)
         if kind == "resume" and not math.isnan(step):  # records beyond its step are void
-            self.void_count += sum(table.void(step) for table in self.tables.values())
-            self.resumes.append(step)
-            self.last["step"] = self.checkpoint = step
+            for table in self.tables.values():
+                table.rows = int(np.searchsorted(table.steps, step, "right"))
+            self.last["step"] = self.checkpoint = self.resumed = step
             self.nonfinite = [mark for mark in self.nonfinite if mark[0] <= step]
-            self.nonfinite_count *= bool(self.nonfinite)
         if kind == "checkpoint":  # there is one after each epoch, which has its line
             self.checkpoint = step
         else:
             self.events.append(Event(at, step, kind, clean(record.get("message") or "")))
 
 
-def numbers_in(records: list[dict[str, Any]], names: Sequence[str]) -> np.ndarray:
-    """The numbers of some fields, (fields, records); NaN for what is missing, of another type or not finite."""
-    with contextlib.suppress(KeyError, OverflowError):
-        rows = list(map(itemgetter(*names), records))
-        if set(map(type, chain.from_iterable(rows))) <= {int, float, type(None)}:
-            columns = np.array(rows, dtype=np.float64).T  # None becomes NaN
-            columns[~(np.abs(columns) <= 3e38)] = math.nan
-            return columns
-    return np.array([[finite(record.get(name)) for record in records] for name in names])
-
-
 class Run:
-    """One run directory, followed.  `fetch` touches the disk (any thread), `apply` takes what it brought.
+    """One run directory, followed.  With `last`, only so many bytes of a longer log are read."""
 
-    With `last`, only so many bytes of a longer log are read.
-    """
-
-    def __init__(self, path: Path, stall: float | None = None, last: float = math.inf):
-        self.path, self.stall, self.limit, self.real = path, stall, last, ""
-        self.log, self.exists = Log(), True
+    def __init__(self, path: Path, last: float = math.inf):
+        self.path, self.limit, self.real, self.log, self.exists = path, last, resolved(path), Log(), True
+        self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / "metrics.jsonl", last)
         self.config, self.status, self.summary, self.options = {}, {}, {}, {}
-        self.arrived = math.nan  # when, by this clock, the last record came in while we watched
-        self._caught_up = False
-        self._follow()
+        self.arrived, self._caught_up = math.nan, False  # when, by our clock, a record came in while we watched
 
-    def _follow(self) -> bool:
-        """Look at the directory that the path means now; whether it is another one than before."""
-        before, self.real = self.real, resolved(self.path)
-        if before != self.real:
-            self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / "metrics.jsonl", self.limit)
-        return before != self.real
-
-    def fetch(self) -> tuple[bytes, bool, list[dict[str, Any]], bool]:
-        """(new lines, whether the old ones are void, the documents, whether the directory exists).  Never raises."""
-        moved = self._follow()
+    def poll(self, now: float) -> bool:
+        """Read what is new, of the log at most a slice; whether there was any of it.  Never raises."""
+        if resolved(self.path) != self.real:  # runs/latest has moved on
+            self.__init__(self.path, self.limit)
         lines, void = self.tail.poll()
-        known = {"config.json": self.config, "status.json": self.status, "evaluation/summary.json": self.summary}
-        documents = [document(Path(self.real) / name, {} if moved else old) for name, old in known.items()]
-        return lines, void or moved, documents, os.path.isdir(self.real)
-
-    def apply(self, fetched: tuple[bytes, bool, list[dict[str, Any]], bool], now: float) -> bool:
-        """Take what `fetch` brought; whether there were new lines."""
-        lines, void, (config, self.status, self.summary), self.exists = fetched
-        if self.exists or void:  # of a deleted run the configuration stays, for the names of its curves
-            self.config, options = config, config.get("options")
-            self.options = options if isinstance(options, dict) else {}
+        self.exists = os.path.isdir(self.real)
+        names = ("config.json", "status.json", "evaluation/summary.json")
+        config, self.status, self.summary = (document(Path(self.real) / name) for name in names)
+        if self.exists:  # of a deleted run the configuration stays, for the names of its curves
+            self.config, self.options = config, entries(config.get("options"))
         if void:
             self.log = Log()
         if lines:
@@ -383,16 +311,22 @@ class Run:
 
     def read_all(self) -> "Run":
         """Read to the present end of the file, at once."""
-        while self.apply(self.fetch(), time.time()) or self.tail.behind:
+        while self.poll(time.time()) or self.tail.behind:
             pass
         return self
 
     def named(self, text: str) -> str:
         """A label with the run's own norm and radii in it."""
         radii = self.config.get("omega_eps")
-        known = {f"eps{i}": f"ε{i}" for i in range(len(OMEGAS))}
-        known |= {f"eps{i}": number(finite(r), ".4g") for i, r in enumerate(radii if isinstance(radii, list) else ())}
-        return text.format(dual=DUALS.get(clean(self.options.get("norm")), "‖∇‖"), **known).strip("-")
+        known = [number(finite(radius), ".4g") for radius in (radii if isinstance(radii, list) else ())]
+        return text.format(*known, *"????", dual=DUALS.get(clean(self.options.get("norm")), "‖∇‖")).strip("-")
+
+
+def document(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file, which is replaced in one step; {} where there is none."""
+    with contextlib.suppress(OSError):
+        return entries(parse(path.read_bytes()))
+    return {}
 
 
 def resolved(path: Path) -> str:
@@ -403,35 +337,38 @@ def resolved(path: Path) -> str:
     return os.path.realpath(path)
 
 
-# ---------------------------------------------------------------- facts: all that is said of a run beside its curves
+# --- facts: all that is said of a run beside its curves ---------------------------------------------------------------
 
+BOLD, DIM, AXIS, RULE = "bold $foreground", "$foreground 52%", "$foreground 36%", "$foreground 16%"
+GOOD, WARN, BAD, ACCENT = "$text-success", "$text-warning", "$text-error", "$text-primary"
+RUNS = (ACCENT, WARN, GOOD, "$text-secondary")  # the colours of runs that are compared
 STATES = {  # as told by a symbol and a colour
-    **{"WAITING": ("○", "dim"), "DELETED": ("○", "warn"), "LIVE": ("●", "good"), "STALLED": ("◐", "warn")},
-    **{"FINISHED": ("✓", "good"), "INTERRUPTED": ("■", "warn"), "FAILED": ("✗", "bad")},
+    **{"WAITING": ("○", DIM), "DELETED": ("○", WARN), "LIVE": ("●", GOOD), "STALLED": ("◐", WARN)},
+    **{"FINISHED": ("✓", GOOD), "INTERRUPTED": ("■", WARN), "FAILED": ("✗", BAD)},
 }
-ENDS = {"finish": "finished", "interrupt": "interrupted", "error": "failed"}  # events, for runs without a status.json
+BOUNDS = {"median": "median_distance", "L-bound": "lipschitz_bound_mean"}
+BOUNDS |= {"ω-bound": "omega_bound_mean", "false %": "violations_pct"}
 
 
 def judge(run: Run, now: float, rhythm: float) -> tuple[str, str]:
     """(state, note) of a run, whose records come every `rhythm` seconds (NaN: unknown).
 
-    Silence is allowed for run.stall seconds; by default for max(10, 5 rhythms), 60 before the first record.  Before
-    it, and in any phase but "train" (evaluating, saving), the heartbeat is a sign of life; in "train" only records
-    are.  A record that came while we watched is as young as that, whatever its writer's clock says.
+    Silence is allowed for max(10, 5 rhythms) seconds, 60 before the first record.  Before it, and in any phase but
+    "train" (evaluating, saving), the heartbeat is a sign of life; in "train" only records are.  A record that came
+    while we watched is as young as that, whatever its writer's clock says.
     """
     status, last, begun = run.status, run.log.last["time"], not math.isnan(run.log.last["step"])
-    word = status.get("state") or (ENDS.get(run.log.events[-1].kind) if run.log.events else None)
     if not run.exists:
-        return ("DELETED", "its directory is gone; what was read stays here") if begun else ("WAITING", "")
-    if word in ("finished", "interrupted", "failed"):
+        return ("DELETED", "what was read of it stays here") if begun else ("WAITING", "no such run yet")
+    if (word := status.get("state")) in ("finished", "interrupted", "failed"):
         notes = {"interrupted": "python train.py --resume RUN", "failed": clean(status.get("error") or "")}
         return word.upper(), notes.get(word, "")
     if not begun and word != "running":
-        return "WAITING", ""
+        return "WAITING", f"metrics.jsonl: {run.tail.error or 'no record yet'}"
     steady = begun and status.get("phase", "train") == "train"
     last = float(np.fmax(last if last <= now or math.isnan(run.arrived) else math.nan, run.arrived))
     age = now - np.nan_to_num(last if steady else np.fmax(last, finite(status.get("time"))), nan=now)
-    if age > (run.stall or np.fmax(10.0 if begun else 60.0, 5 * rhythm)):
+    if age > np.fmax(10.0 if begun else 60.0, 5 * rhythm):
         return "STALLED", f"no {'record' if begun else 'sign of life'} for {duration(age)}"
     return "LIVE", "" if steady else clean(status.get("phase", "starting"), 12)
 
@@ -445,8 +382,8 @@ def facts(run: Run, now: float) -> dict[str, Any]:
     step, at = (log.tables["step"].column(name, 2)[-200:] for name in ("step", "time"))
     gaps = np.sort(np.diff(at[~np.isnan(at)][-50:]))
     state, note = judge(run, now, float(gaps[len(gaps) // 2]) if len(gaps) else math.nan)
-    since = int(np.searchsorted(step, log.resumes[-1], "right")) if log.resumes else 0
-    step, at = step[since:], at[since:]
+    own = ~(step <= log.resumed)  # of before a resume, the speed is another one
+    step, at = step[own], at[own]
     speed = float((step[-1] - step[0]) / (at[-1] - at[0])) if len(step) > 1 and at[-1] > at[0] else math.nan
     place = 0.0 if math.isnan(place) and run.status.get("state") == "running" else place
     sign, of = np.fmax(log.last["time"], finite(run.status.get("time"))), finite(run.summary.get("checkpoint_step"))
@@ -456,30 +393,22 @@ def facts(run: Run, now: float) -> dict[str, Any]:
         **{"run": run.name, "path": str(run.path), "state": state, "note": note, "step": place, "steps_total": total},
         **{"epoch": log.last["epoch"], "age_s": now - log.last["time"], "steps_per_s": speed},
         **{"elapsed_s": elapsed, "eta_s": max(0.0, total - place) / speed if speed > 0 else math.nan},
-        **{"lines": log.lines, "bad_lines": log.skipped, "not_finite": log.nonfinite_count},
-        **{"undone_by_resume": log.void_count, "attack_eps": run.config.get("attack_eps")},
-        **{"last_event": log.events[-1]._asdict() if log.events else None, "series": readings(log)},
-        **{"options": run.options, "evaluation": run.summary or None, "evaluation_of_another_checkpoint": other},
+        **{"lines": log.lines, "bad_lines": log.skipped, "not_finite": len(log.nonfinite)},
+        **{"attack_eps": run.config.get("attack_eps"), "options": run.options, "series": readings(log)},
+        **{"evaluation": run.summary or None, "evaluation_of_another_checkpoint": other},
     }
 
 
 def readings(log: Log) -> dict[str, dict[str, float]]:
     """Every series with a number among its last 200 records; `mean` is that of the last 30."""
     found = {}
-    for name, series in SERIES.items():
-        recent, low = log.column(name)[-200:], log.column(name, 1)
-        if not np.isnan(recent).all():
-            last, least = recent[~np.isnan(recent)], float(np.fmin.reduce(low))
-            found[name] = {"last": float(last[-1]), "mean": float(np.mean(last[-30:])), "least": least}
-            found[name]["greatest"] = float(np.fmax.reduce(log.column(name, 2)))
-            if name.endswith(("loss", "error_pct")) and name != "fd_error_pct":  # others: a small one is no merit
-                step = log.tables[series.table].steps[np.argmax(low == least)]
-                found[name] |= {"best": least, "best_step": float(step)}
+    for name in SERIES:
+        recent = log.column(name)[-200:]
+        if len(recent := recent[~np.isnan(recent)]):
+            low, high = np.fmin.reduce(log.column(name, 1)), np.fmax.reduce(log.column(name, 2))
+            values = {"last": recent[-1], "mean": recent[-30:].mean(), "least": low, "greatest": high}
+            found[name] = {key: float(value) for key, value in values.items()}
     return found
-
-
-BOUNDS = {"median": "median_distance", "L-bound": "lipschitz_bound_mean"}
-BOUNDS |= {"ω-bound": "omega_bound_mean", "false %": "violations_pct"}
 
 
 def robustness(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float], Any, bool]]:
@@ -488,110 +417,45 @@ def robustness(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float], A
     The error under attack in training; then, of each norm that was evaluated, the mean attacked distance, the error
     at that attack's radius (or the middle one), the mean bounds and how often, in %, the omega-bound is false.
     """
-    norms = [(known["evaluation"] or {}).get("norms") for known in runs]
-    norms = [n if isinstance(n, dict) else {} for n in norms]
-    found = [("attacked %", [last_value(known, "attacked_error_pct") for known in runs], min, False)]
+    last = [{name: found["last"] for name, found in known["series"].items()} for known in runs]
+    found = [("attacked %", [known.get("attacked_error_pct", math.nan) for known in last], min, False)]
+    norms = [entries(entries(known["evaluation"]).get("norms")) for known in runs]
     for norm in dict.fromkeys(chain.from_iterable(norms)):
-        of, name = [n.get(norm) if isinstance(n.get(norm), dict) else {} for n in norms], clean(norm, 9)
-        errors = [e if isinstance(e := known.get("error_pct"), dict) else {} for known in of]
-        errors = [{finite(parse_line(radius.encode())): finite(error) for radius, error in e.items()} for e in errors]
+        of, name = [entries(known.get(norm)) for known in norms], clean(norm, 9)
+        errors = [entries(known.get("error_pct")).items() for known in of]
+        errors = [{finite(parse(radius.encode())): finite(error) for radius, error in e} for e in errors]
         radii = sorted(radius for radius in set(chain.from_iterable(errors)) if radius > 0) or [math.nan]
-        own = [radius for radius in radii if radius in [known["attack_eps"] for known in runs]]
-        radius = own[0] if own else radii[(len(radii) - 1) // 2]
+        attacked = [radius for radius in radii if radius in [known["attack_eps"] for known in runs]]
+        radius = (attacked or radii[(len(radii) - 1) // 2 :])[0]
         found.append((f"{name} distance", [finite(known.get("mean_distance")) for known in of], max, True))
         found.append((f"{name} err {number(radius, '.2g')}", [e.get(radius, math.nan) for e in errors], min, True))
         found += [(f"{name} {k}", [finite(known.get(v)) for known in of], None, True) for k, v in BOUNDS.items()]
-    return [*found, ("clean %", [last_value(known, "clean_error_pct") for known in runs], min, False)]
+    return [*found, ("clean %", [known.get("clean_error_pct", math.nan) for known in last], min, False)]
 
 
-def runs_under(root: Path, now: float) -> list[tuple[Run, dict[str, Any]]]:
-    """The runs in a directory with their facts, latest first.  Of each only the end is read."""
-    found: list[Run] = []
-    with contextlib.suppress(OSError):  # links are passed over: runs/latest is one of the others
-        paths = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
-        found = [Run(path, last=1 << 19) for path in paths]
-    found = [run for run in found if run.read_all().config or run.status or run.log.lines]
+def runs_under(root: Path) -> list[Run]:
+    """The runs in a directory, latest first.  Of each only the end is read; links, as runs/latest, are passed over."""
+    paths = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
+    found = [Run(path, last=1 << 19).read_all() for path in paths]
     found.sort(key=lambda run: -np.nan_to_num(np.fmax(run.log.last["time"], finite(run.config.get("created")))))
-    return [(run, facts(run, now)) for run in found]
+    return [run for run in found if run.config or run.status or run.log.lines]
 
 
-def last_value(known: dict[str, Any], name: str) -> float:
-    return known["series"].get(name, {}).get("last", math.nan)
+# --- charts: from columns to dots to lines of text --------------------------------------------------------------------
 
-
-def write_csv(run: Run, file: TextIO) -> None:
-    """The records that count as CSV, one table below the other; mean, least and greatest of what was merged."""
-    writer = csv.writer(file)
-    for kind, table in run.log.tables.items():
-        parts = {"": 0, "_min": 1, "_max": 2} if table.merged else {"": 0}
-        writer.writerow(["kind", *AXES, *(name + end for end in parts for name in FIELDS[kind])])
-        rows = np.vstack([table.data[2, :3, : table.rows], *(table.data[i, 3:, : table.rows] for i in parts.values())])
-        writer.writerows([kind, *("" if math.isnan(v) else v for v in row)] for row in rows.T.tolist())
-
-
-# ---------------------------------------------------------------- charts: from columns to dots to cells
-
-Line = list[tuple[str, str]]  # (text, role): see styles_of
+Part = tuple[str, str]  # text and its style
 GUTTER = 8  # cells left of a plot: tick labels and the axis
 Curve = namedtuple("Curve", "run series colour tag bins")
 # A series on the dot columns of a chart; NaN where a column holds nothing, `broken` where it has to.
 Bins = namedtuple("Bins", "low high line broken")
 
 
-class Canvas:
-    """Cells, each a character and a role; a part of it shares its cells.  Behind a wide character one is empty."""
+class View(NamedTuple):
+    """Everything a key can change."""
 
-    def __init__(self, cells: np.ndarray, roles: np.ndarray):
-        self.cells, self.roles = cells, roles
-        self.height, self.width = cells.shape
-
-    @classmethod
-    def of(cls, lines: Sequence[Line], width: int, height: int = 0) -> "Canvas":
-        """These lines, cut to `width`, on a canvas of at least `height`."""
-        shape = max(height, len(lines)), width
-        return cls(np.full(shape, " ", "U1"), np.full(shape, "", object)).write(0, lines)
-
-    def __getitem__(self, part: tuple[slice, slice]) -> "Canvas":
-        return Canvas(self.cells[part], self.roles[part])
-
-    def write(self, y: int, lines: Sequence[Line], x: int = 0) -> "Canvas":
-        """Put lines one below the other, as far as there is room."""
-        for row, line in enumerate(lines[: max(0, self.height - y)], y):
-            at = x
-            for text, role in line:
-                for char in text:
-                    if (end := at + cell_len(char)) > self.width:
-                        break
-                    self.cells[row, at:end], self.roles[row, at:end] = [char, ""][: end - at], role
-                    at = end
-        return self
-
-    def head(self, title: str, unit: str = "", right: str = "", heavy: bool = False) -> "Canvas":
-        """Put a titled rule into the first row."""
-        stroke, role, bold = ("━", "accent", "accent+") if heavy else ("─", "rule", "bright+")
-        self.write(0, [[(stroke * self.width, role)]])
-        end = self.width - len(right) - 3
-        self[:, : end if right else self.width].write(
-            0, [[(f" {title} ", bold), (f"{unit} " if unit else "", "dim")]], 1
-        )
-        return self.write(0, [[(f" {right} ", "dim")]], end) if right else self
-
-    def line(self, y: int) -> Line:
-        cuts = [0, *(np.flatnonzero(self.roles[y, 1:] != self.roles[y, :-1]) + 1).tolist(), self.width]
-        return [("".join(self.cells[y, a:b]), self.roles[y, a]) for a, b in pairwise(cuts)]
-
-    def changes(self, old: "Canvas") -> list[Region]:
-        """Where it differs from one of its size, in spans that are worth a movement of the cursor."""
-        spans = []
-        for y, row in enumerate((self.cells != old.cells) | (self.roles != old.roles)):
-            x = np.flatnonzero(row)
-            groups = np.split(x, np.flatnonzero(np.diff(x) > 8) + 1) if len(x) else []
-            spans += [Region(int(group[0]), y, int(group[-1] - group[0]) + 1, 1) for group in groups]
-        return spans
-
-    @property
-    def text(self) -> str:
-        return "\n".join("".join(row).rstrip() for row in self.cells)
+    alone: str = ""  # what has all of the screen: numbers, or a chart by its number
+    log: bool = False  # logarithmic y axes everywhere, not for the gradient alone
+    zoom: int = 0  # only the last 1 / 2**zoom of the run
 
 
 def binned(table: Table, name: str, edges: np.ndarray) -> Bins:
@@ -608,10 +472,10 @@ def binned(table: Table, name: str, edges: np.ndarray) -> Bins:
     return Bins(low, high, line, has & np.isnan(low))
 
 
-def nice(value: float, steps: Sequence[float] = (1.0, 2.0, 2.5, 5.0)) -> float:
+def nice(value: float) -> float:
     """The least round number that is not below `value` > 0."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step for step in (*steps, 10.0) if step * power >= value * (1 - 1e-9)) * power
+    return next(n for n in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if n * power >= value * (1 - 1e-9)) * power
 
 
 class Scale(NamedTuple):
@@ -637,46 +501,35 @@ class Scale(NamedTuple):
 
 
 def scale_of(low: float, high: float, rows: int, log: bool) -> Scale:
-    """The fullest axis that holds low..high with about five ticks, whose labels differ.
+    """An axis that holds low..high, nearly full, with about five ticks, whose labels differ.
 
     Logarithmic only over a decade or more; what is not positive then lies below it.
     """
-    size = max(abs(high), abs(low)) or 1.0
-    least = max(low, high * 1e-12) if low > 0 else high * 1e-3
+    size, least = max(abs(high), abs(low)) or 1.0, max(low, high * 1e-12) if low > 0 else high * 1e-3
     if log := log and high >= 10 * least > 0:
-        low, high, finest = math.log10(least), math.log10(high), 1.0
+        low, high = math.log10(least), math.log10(high)
+        step, gap = 1.0, max(2, int((rows - 0.5) / (high - math.floor(low))))
     else:
-        low, finest = 0.0 if 0 < low <= 0.4 * high else low, 0.0
-    width, scales = max(high - low, 1e-30 if log else (0.01 if size >= 0.01 else 0.1) * size), []
-    for gap in range(max(2, rows // 8), max(3, rows // 2 + 1)):
-        step, end = width * gap / rows, -math.inf
-        while end < high - 1e-9 * width:
-            step = max(nice(step * 1.0001), finest)
-            first = math.floor(low / step + 1e-9)
-            end = (first - 0.5 / gap + rows / gap) * step
-        scales.append(Scale(rows, gap, step, first, log))
-    return min(scales, key=lambda s: s.step / s.gap * (1 + 0.05 * abs(rows / s.gap - min(max(rows / 4, 4), 7))))
+        low, gap = 0.0 if 0 < low <= 0.4 * high else low, max(2, round(rows / 5))
+        step = nice(max(high - low, (0.01 if size >= 0.01 else 0.1) * size) * gap / rows)
+    while (math.floor(low / step + 1e-9) + (rows - 0.5) / gap) * step < high - 1e-9 * step:
+        step = step + 1 if log else nice(step * 1.0001)
+    return Scale(rows, gap, step, math.floor(low / step + 1e-9), log)
 
 
 def limits(bins: Sequence[Bins]) -> tuple[float, float]:
     """The least and the greatest value to show; rare columns far outside are cut off (and marked)."""
-    lows, highs = (np.concatenate([b[i][~np.isnan(b[i])] for b in bins]) for i in (0, 1))
-    low, high = float(lows.min()), float(highs.max())
-    if len(lows) >= 20:
-        inner_low, inner_high = float(np.quantile(lows, 0.02)), float(np.quantile(highs, 0.97))
-        room = 0.5 * (inner_high - inner_low)
-        low, high = low if low >= inner_low - room else inner_low, high if high <= inner_high + room else inner_high
-    return low, high
+    lows, highs = (np.sort(np.concatenate([b[i][~np.isnan(b[i])] for b in bins])) for i in (0, 1))
+    low, high = float(lows[len(lows) // 50]), float(highs[-1 - len(highs) // 33])
+    room = 0.5 * (high - low)
+    return float(lows[0]) if lows[0] >= low - room else low, float(highs[-1]) if highs[-1] <= high + room else high
 
 
 def bridged(values: np.ndarray, broken: np.ndarray) -> np.ndarray:
-    """Empty columns filled in a straight line between their neighbours, except across a broken one."""
-    full = np.full(len(values), math.nan)
-    for part in np.split(np.arange(len(values)), np.flatnonzero(broken)):
-        known = part[~np.isnan(values[part])]
-        if len(known):
-            full[part] = np.interp(part, known, values[known], left=math.nan, right=math.nan)
-    return full
+    """Empty columns filled in a straight line between their neighbours, except a broken one."""
+    known = np.flatnonzero(~np.isnan(values))  # chart() draws nothing that is empty
+    full = np.interp(np.arange(len(values)), known, values[known], left=math.nan, right=math.nan)
+    return np.where(broken, math.nan, full)
 
 
 def ribbon(low: np.ndarray, high: np.ndarray, dots: int) -> np.ndarray:
@@ -703,353 +556,248 @@ def braille(dots: np.ndarray) -> np.ndarray:
     return np.where(codes > 0, 0x2800 + codes, 0).astype(np.uint32).view("U1")
 
 
-class View(NamedTuple):
-    """Everything a key can change."""
-
-    at: int = 0  # the panel in focus
-    alone: str = ""  # what has all of the screen: chart, numbers, events
-    logs: frozenset[str] = frozenset({"gradient"})  # panels with a logarithmic y axis, by the first word
-    zoom: int = 0  # only the last 1 / 2**zoom of the run
-
-
 def panels_of(runs: Sequence[Run]) -> list[tuple[str, list[Series]]]:
-    """(title, series) of the charts that there is data for, or will be (the first five); comparing, one series each."""
-    known = [s for s in SERIES.values() if any(s.name in run.log for run in runs)]
-    have = [(title, [s for s in known if s.panel == str(i)]) for i, title in enumerate(PANELS)]
-    if len(runs) == 1:
-        return [(runs[0].named(title), series) for i, (title, series) in enumerate(have) if series or i < 5]
-    turns = zip_longest(*([(f"{title} {s.tag}", s) for s in series] for title, series in have))
-    return [(runs[0].named(title).strip(" -"), [s]) for title, s in filter(None, chain(*turns))] or [("loss", [])]
+    """(title, series) of up to nine charts: the first five, and others with data; comparing, one series each."""
+    known = [s for s in SERIES.values() if any(not np.isnan(run.log.column(s.name, 1)).all() for run in runs)]
+    panels = [(title, [s for s in known if s.panel == str(i)]) for i, title in enumerate(PANELS)]
+    panels = [panel for i, panel in enumerate(panels) if panel[1] or i < 5]
+    if len(runs) > 1:
+        panels = [(f"{PANELS[int(s.panel)]} {s.tag}", [s]) for s in known][:9] or panels[:1]
+    return [(f"{i} {runs[0].named(title)}".strip(), series) for i, (title, series) in enumerate(panels, 1)]
 
 
 def x_range(runs: Sequence[Run], zoom: int) -> tuple[float, float]:
-    """The steps at the left and right edge.  They stay put while a run grows, so that few cells change."""
-    steps = [table.steps for run in runs for table in run.log.tables.values() if table.rows]
-    low, high = (min(float(x[0]) for x in steps), max(float(x[-1]) for x in steps)) if steps else (0.0, 0.0)
+    """The steps at the left and right edge.  They mostly stay put while a run grows, so that few cells change."""
+    steps = [table.steps[[0, -1]] for run in runs for table in run.log.tables.values() if table.rows]
+    low, high = (float(np.min(steps)), float(np.max(steps))) if steps else (0.0, 0.0)
     low = low if low >= 0.3 * high else 0.0
-    if not high > low:
-        return low - 0.5, low + 1.0
-    growing = any(run.log.last["step"] < finite(run.config.get("steps_total"), 1) for run in runs)
-    fine = (1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.4, 8.0)
-    width = (nice(high - low, fine) if growing or zoom else high - low) / (1 << zoom)
-    right = low + (math.ceil((high - low) / width * 8 + 1e-9) / 8 if zoom else 1) * width
-    return right - width, right
+    span = max(high - low, 1.0)
+    width = nice(span) / (1 << zoom)
+    right = low + math.ceil(span / width * 8 - 1e-9) / 8 * width
+    return max(low, right - width), right
 
 
-def chart(canvas: Canvas, runs: Sequence[Run], view: View, index: int, panel: tuple[str, list[Series]]) -> None:
-    """One panel, from its title to its x axis, on all of the canvas."""
-    (title, series), many, curves = panel, len(runs) > 1, []
-    names = distinct([run.name for run in runs], min(14, canvas.width // 3))
+def head(width: int, title: str, unit: str = "", right: str = "") -> Content:
+    """A titled rule."""
+    left = [("─", RULE), (f" {title} ", BOLD), (f"{unit} " if unit else "", DIM)]
+    end = [(f" {right} ", DIM), ("─", RULE)] if right else []
+    room = width - sum(cell_len(text) for text, _ in left + end)
+    return Content.assemble(*left, ("─" * room, RULE), *end)
+
+
+def chart(runs: Sequence[Run], view: View, title: str, series: list[Series], width: int, height: int) -> list[Content]:
+    """One panel, from its title to its x axis."""
+    many, curves = len(runs) > 1, []
+    names = distinct([run.name for run in runs], min(14, width // 3))
     tags = 1 + (max(map(cell_len, names)) if many else 5 * (len(series) > 1))
-    rows, columns = canvas.height - 2, canvas.width - GUTTER - tags
+    rows, columns = height - 2, width - GUTTER - tags
     edges = np.linspace(*x_range(runs, view.zoom), 2 * columns + 1)
     edges[-1] = np.nextafter(edges[-1], math.inf)
     for i, run in enumerate(runs):
         for s in series:
             bins = binned(run.log.tables[s.table], s.name, edges)
-            colour, tag = (f"c{i}", names[i]) if many else (s.colour, run.named(s.tag))
+            colour, tag = (RUNS[i], names[i]) if many else (s.colour, run.named(s.tag))
             bins = bins._replace(low=bins.line, high=bins.line) if many else bins  # envelopes would hide each other
             curves += [Curve(run, s, colour, tag, bins)] if not np.isnan(bins.line).all() else []
-    unit, heavy, log = series[0].unit.strip("-") if series else "", index == view.at, title.split()[0] in view.logs
     if not curves:
-        canvas.head(f"{index + 1} {title}", unit, heavy=heavy)
-        canvas.write(canvas.height // 2, [[("no data yet", "dim")]], canvas.width // 2 - 5)
-        return
-    scale, plot = scale_of(*limits([c.bins for c in curves]), rows, log), canvas[1:-1, GUTTER : GUTTER + columns]
-    canvas.head(f"{index + 1} {title}", unit, "log" * scale.log, heavy)
-    draw(plot, curves, scale, band=not many and series[0].table == "step")
-    mark(plot, curves, scale, edges)
-    canvas.write(1, [[("│", "axis")]] * rows, GUTTER - 1)
-    for i, label in enumerate(scale.ticks()):
-        canvas.write(rows - i * scale.gap, [[(f"{label:>{GUTTER - 1}}", "dim"), ("┤", "axis")]])
-    if tags > 1:
-        name_ends(canvas[1:-1, GUTTER + columns :], curves, scale)
-    x_labels(canvas[-1:, :], edges)
+        return [head(width, title, "no data yet")]
+    scale = scale_of(*limits([c.bins for c in curves]), rows, view.log or "gradient" in title)
+    cells, roles = draw(curves, scale, edges, band=not many and series[0].table == "step")
+    labels = {rows - 1 - i * scale.gap: label for i, label in enumerate(scale.ticks())}
+    ends = name_ends(curves, scale) if tags > 1 else {}
+    lines = [head(width, title, series[0].unit.strip("-"), "log" * scale.log)]
+    for y in range(rows):
+        gutter = (f"{labels.get(y, ''):>{GUTTER - 1}}", DIM), ("┤" if y in labels else "│", AXIS)
+        runs_of = groupby(zip(cells[y], roles[y], strict=True), key=itemgetter(1))
+        plot = [("".join(char for char, _ in group), role) for role, group in runs_of]
+        lines.append(Content.assemble(*gutter, *plot, *ends.get(y, ())))
+    first, middle, last = (number(step, ".6g") for step in edges[[0, columns, -1]])
+    room = columns - 2 * (size := max(len(first), len(last)))
+    axis = f"{first:─<{size}}{middle if room > len(middle) else '':─^{room}}{last:─>{size}}"
+    return [*lines, Content.assemble((f"{'└':>{GUTTER}}{axis}", AXIS))]
 
 
-def draw(plot: Canvas, curves: Sequence[Curve], scale: Scale, band: bool) -> None:
-    """A line for each curve, the first on top; with `band`, the envelope of the first below them."""
-    dots, lines = 4 * plot.height, np.zeros((4 * plot.height, 2 * plot.width), bool)
+def draw(curves: Sequence[Curve], scale: Scale, edges: np.ndarray, band: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(characters, styles) of a plot: a line for each curve, the first on top; with `band`, its envelope below them.
+
+    ▴ stands above columns with values beyond the axis, ▾ below them, ✗ where a value was not finite.
+    """
+    rows, columns = scale.rows, len(edges) // 2
+    cells, roles = np.full((rows, columns), " ", "U1"), np.full((rows, columns), "", object)
+    lines = np.zeros((4 * rows, 2 * columns), bool)
     if band:
         low, high = (bridged(scale.place(values), curves[0].bins.broken) for values in curves[0].bins[:2])
-        chars = braille(ribbon(low, high, dots))
-        plot.cells[chars != ""], plot.roles[chars != ""] = chars[chars != ""], f"{curves[0].colour}-"
+        chars = braille(ribbon(low, high, 4 * rows))
+        cells[chars != ""], roles[chars != ""] = chars[chars != ""], f"{curves[0].colour} 40%"
     for curve in reversed(curves):
         place = bridged(scale.place(curve.bins.line), curve.bins.broken)
-        lines |= (mask := ribbon(place, place, dots))
+        lines |= (mask := ribbon(place, place, 4 * rows))
         here = braille(mask) != ""
-        plot.cells[here], plot.roles[here] = braille(lines)[here], curve.colour
-
-
-def mark(plot: Canvas, curves: Sequence[Curve], scale: Scale, edges: np.ndarray) -> None:
-    """▴ above columns with values beyond the axis, ▾ below them, ✗ where a value was not finite."""
+        cells[here], roles[here] = braille(lines)[here], curve.colour
     for run, series, colour, _, bins in curves:
         with np.errstate(invalid="ignore"):
             over, under = scale.place(bins.high) > 1 + 1e-9, scale.place(bins.low) < -1e-9
         wrong = np.array([step for step, name in run.log.nonfinite if name == series.name])
-        wrong = (np.searchsorted(edges, wrong[(wrong >= edges[0]) & (wrong < edges[-1])], "right") - 1) // 2
-        over, under = (np.flatnonzero(out) // 2 for out in (over, under))
-        for row, sign, out, role in ((0, "▴", over, colour), (-1, "▾", under, colour), (0, "✗", wrong, "bad+")):
-            plot.cells[row, out], plot.roles[row, out] = sign, role
+        wrong = np.searchsorted(edges, wrong[(wrong >= edges[0]) & (wrong < edges[-1])], "right") - 1
+        marks = ((0, "▴", np.flatnonzero(over), colour), (-1, "▾", np.flatnonzero(under), colour))
+        for row, sign, dots, role in (*marks, (0, "✗", wrong, f"bold {BAD}")):
+            cells[row, dots // 2], roles[row, dots // 2] = sign, role
+    return cells, roles
 
 
-def name_ends(canvas: Canvas, curves: Sequence[Curve], scale: Scale) -> None:
-    """The names of the lines beside their ends, moved apart where they would collide."""
+def name_ends(curves: Sequence[Curve], scale: Scale) -> dict[int, list[Part]]:
+    """The names of the lines by the row of their ends, moved apart where they would collide."""
     ends = [(float(scale.place(c.bins.line[~np.isnan(c.bins.line)][-1])), c) for c in curves]
-    row, ends = -1, sorted(ends, key=itemgetter(0), reverse=True)[: canvas.height]
+    row, ends, names = -1, sorted(ends, key=itemgetter(0), reverse=True)[: scale.rows], {}
     for left, (place, curve) in zip(range(len(ends), 0, -1), ends, strict=True):
-        wanted = canvas.height - 1 - math.floor(min(max(place, 0), 0.999) * canvas.height)
-        row = max(row + 1, min(wanted, canvas.height - left))
-        canvas.write(row, [[(curve.tag, curve.colour)]], 1)
+        wanted = scale.rows - 1 - math.floor(min(max(place, 0), 0.999) * scale.rows)
+        row = max(row + 1, min(wanted, scale.rows - left))
+        names[row] = [(f" {curve.tag}", curve.colour)]
+    return names
 
 
-def x_labels(canvas: Canvas, edges: np.ndarray) -> None:
-    """The x axis with its ticks."""
-    cells, left, right = len(edges) // 2, float(edges[0]), float(edges[-1])
-    canvas.write(0, [[("└" + "─" * cells, "axis")]], GUTTER - 1)
-    gap, free = nice((right - left) / max(2, cells // 12)), GUTTER
-    for i in range(math.ceil(left / gap - 1e-6), math.floor(right / gap + 1e-6) + 1):
-        label = number(round(i * gap, 9), ".4g")
-        start = GUTTER + int((i * gap - left) / (right - left) * cells) - len(label) // 2
-        start = min(max(start, GUTTER), canvas.width - len(label))
-        if start >= free:
-            canvas.write(0, [[(label, "axis")]], start)
-            free = start + len(label) + 1
+def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: float = math.inf) -> list[Content]:
+    """Which is more robust?  Headings, then a row a run, the best of each column marked ★, and how it stands.
 
-
-# ---------------------------------------------------------------- tables and screens: from facts to lines to cells
-
-
-def aligned(rows: Sequence[Sequence[tuple[str, str]]], width: float = math.inf) -> list[Line]:
-    """Columns as wide as their widest cell, the first two flush left; those on the right that do not fit go."""
-    lines: list[Line] = [[] for _ in rows]
-    for i, column in enumerate(zip(*rows, strict=True)):
+    Runs compete on the same data; an evaluation of another checkpoint does not, and is marked †.  Columns on the
+    right that do not fit go.
+    """
+    columns: list[list[Part]] = [[("", ""), *(STATES[known["state"]] for known in runs)]]
+    columns.append([("", ""), *((name, f"bold {RUNS[i % 4]}") for i, name in enumerate(names))])
+    for label, values, best, evaluated in (fact for fact in robustness(runs) if fact[2]):
+        columns.append([(f"{label}  ", DIM)])
+        old = [evaluated and bool(known["evaluation_of_another_checkpoint"]) for known in runs]
+        rows = list(zip(values, old, [str(known["options"].get("dataset")) for known in runs], strict=True))
+        for value, other, data in rows:
+            rivals = {v for v, stale, of in rows if v == v and not stale and of == data}
+            sign = "†" if other and value == value else "★" if len(rivals) > 1 and value == best(rivals) else " "
+            columns[-1].append((f"{number(value)} {sign}", f"bold {GOOD}" if sign == "★" else BOLD))
+    keys = dict.fromkeys(chain.from_iterable(known["options"] for known in runs))  # those that differ, the first four
+    keys = [key for key in keys if len({str(known["options"].get(key)) for known in runs}) > 1][:4]
+    differ = [" ".join(f"{key}={clean(known['options'].get(key, '–'), 12)}" for key in keys) for known in runs]
+    more = {"differs": differ, "step": [progress(known["step"], known["steps_total"]) for known in runs]}
+    more |= {"state": [known["state"] for known in runs], "age": [duration(known["age_s"]) for known in runs]}
+    columns += [[(f"  {title}", DIM), *((f"  {text}", "") for text in texts)] for title, texts in more.items()]
+    lines: list[list[Part]] = [[] for _ in columns[0]]
+    for i, column in enumerate(columns):
         size = max(cell_len(text) for text, _ in column)
         width -= size + 1
         for line, (text, role) in zip(lines if width >= -1 else (), column, strict=False):
             blank = " " * (size - cell_len(text))
             line.append((f"{text}{blank} " if i < 2 else f"{blank}{text} ", role))
-    return lines
+    return [Content.assemble(*line) for line in lines]
 
 
-def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: float = math.inf) -> list[Line]:
-    """Which is more robust?  Headings, then a row a run, the best of each column marked ★, and how it stands.
-
-    Runs compete on the same data; an evaluation of another checkpoint does not, and is marked †.
-    """
-    stale = [bool(known["evaluation_of_another_checkpoint"]) for known in runs]
-    columns: list[Line] = [[("", ""), *(STATES[known["state"]] for known in runs)]]
-    columns.append([("", ""), *((name, f"c{i % 6}+") for i, name in enumerate(names))])
-    data = [known["options"].get("dataset") for known in runs]
-    for label, values, best, evaluated in (fact for fact in robustness(runs) if fact[2]):
-        columns.append([(f"{label}  ", "dim")])
-        entries = list(zip(values, [evaluated and other for other in stale], data, strict=True))
-        for value, other, own in entries:
-            rivals = {v for v, old, of in entries if v == v and not old and of == own}
-            sign = "†" if other and value == value else "★" if len(rivals) > 1 and value == best(rivals) else " "
-            columns[-1].append((f"{number(value)} {sign}", "good+" if sign == "★" else "text+"))
-    steps = [
-        f"{known['step']:,.0f}/{known['steps_total']:,.0f}".replace("/nan", "").replace("nan", "–") for known in runs
-    ]
-    keys = dict.fromkeys(chain.from_iterable(known["options"] for known in runs))  # those that differ, the first four
-    keys = [key for key in keys if len({str(known["options"].get(key)) for known in runs}) > 1][:4]
-    differ = [" ".join(f"{key}={clean(known['options'].get(key, '–'), 12)}" for key in keys) for known in runs]
-    more = {"differs": differ, "step": steps}
-    more |= {"state": [known["state"] for known in runs], "age": [duration(known["age_s"]) for known in runs]}
-    columns += [[(f"  {head}", "dim"), *((f"  {text}", "text") for text in texts)] for head, texts in more.items()]
-    return aligned(list(zip(*columns, strict=True)), width)
-
-
-def number_lines(run: Run, known: dict[str, Any]) -> list[Line]:
-    """Every number of a run: of errors and losses the least one is the best, and has its step; health; options."""
-    lines: list[Line] = [[(f"{'last':>20}{'mean':>8}{'least':>8}{'most':>8}", "dim")]]
-    for name, found in sorted(known["series"].items(), key=lambda item: "best" not in item[1]):
-        series, mean = SERIES[name], number(found["mean"]) if SERIES[name].table == "step" else ""
-        end = f"@{number(found['best_step'], '.4g')}" if "best" in found else number(found["greatest"])
-        label = [("━ ", series.colour), (f"{run.named(series.label):<10}", "text")]
-        label.append((f"{number(found['last']):>8}", "bright+"))
-        lines.append([*label, (f"{mean:>8}{number(found['least']):>8}{end:>8}", "text")])
-    age = known["age_s"] if known["state"] in ("LIVE", "STALLED") else math.nan
+def number_lines(run: Run, known: dict[str, Any]) -> list[Content]:
+    """Every number of a run: its series, in the order of the charts, and its evaluation."""
+    lines: list[list[Part]] = [[(f"{'last':>20}{'mean':>8}{'least':>8}{'most':>8}", DIM)]]
+    for series in sorted(map(SERIES.get, known["series"]), key=lambda series: series.panel):
+        last, *more = map(number, known["series"][series.name].values())
+        label = [("━ ", series.colour), (f"{run.named(series.label):<10}", ""), (f"{last:>8}", BOLD)]
+        lines.append([*label, ("".join(f"{value:>8}" for value in more), "")])
     cells = [(label, number(values[0])) for label, values, _, evaluated in robustness([known]) if evaluated]
-    cells += [("since start", duration(known["elapsed_s"])), ("training", duration(last_value(known, "seconds")))]
-    cells += [("last record", "now" if age < 3 else duration(age)), ("steps/s", number(known["steps_per_s"]))]
-    cells += [("records", f"{known['lines']:,}"), ("bad lines", f"{known['bad_lines']:,}")]
-    cells += [("not finite", f"{known['not_finite']:,}"), ("undone", f"{known['undone_by_resume']:,}")]
-    parts = [[(f"{label:<14}", "dim"), (f"{value:>7}  ", "text+")] for label, value in cells]
-    names = ("dataset", "model", "activation", "method", "norm", "lam", "h", "batch_size", "seed")
-    words = " ".join(f"{name}={clean(run.options[name], 16)}" for name in names if name in run.options)
-    lines += [[], *([*a, *b] for a, b in zip(parts[::2], parts[1::2], strict=True)), []]
-    if other := known["evaluation_of_another_checkpoint"]:
-        lines.append([(f"✗ evaluation {other}", "warn+")])
-    return [*lines, *([(text, "dim")] for text in textwrap.wrap(words, 44))]
+    cells += [("steps/s", number(known["steps_per_s"])), ("bad lines", f"{known['bad_lines']:,}")]
+    parts = [[(f"{label:<14}", DIM), (f"{value:>7}  ", BOLD)] for label, value in cells]
+    lines += [[], *([*a, *b] for a, b in zip(parts[::2], parts[1::2], strict=True))]
+    return [Content.assemble(*line) for line in lines]
 
 
-def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Line]:
-    """State, name, what must not be overlooked, progress: what fits, the dearest first; then a bar."""
+def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Content]:
+    """State, name, what must not be overlooked, progress, the dearest first; then a bar."""
     log, state, step, total, epoch = run.log, *(known[key] for key in ("state", "step", "steps_total", "epoch"))
-    ended = state in ("FINISHED", "INTERRUPTED", "FAILED")
-    word, seconds = ("took", known["elapsed_s"]) if ended else ("ETA", known["eta_s"] if state == "LIVE" else math.nan)
     (symbol, role), epochs = STATES[state], finite(run.options.get("epochs"))
-    note = distinct([known["note"]], max(12, width - 45))[0]
-    parts: list[Line] = [
-        [(f"{symbol} {state}", f"{role}+")],
-        [(distinct([run.name], max(12, width // 3))[0], "bright+")],
-        [(f"reading {run.tail.offset / run.tail.size:.0%}" if run.tail.behind else "", "warn")],
-        *([(f"✗ NaN {name} @{at:,.0f} ×{log.nonfinite_count}", "bad+")] for at, name in log.nonfinite[:1]),
-        *([(f"↻ resumed @{at:,.0f}", "warn")] for at in list(log.resumes)[-1:]),
-        [(f"metrics.jsonl: {run.tail.error}" if run.tail.error and run.exists and log.lines else "", "bad")],
-        [(note, role)] if role != "good" else [],
-        [("step ", "dim"), (f"{step:,.0f}/{total:,.0f}".replace("/nan", "").replace("nan", "–"), "text")],
-        [("epoch ", "dim"), (f"{epoch:.1f}/{epochs:,.0f}".replace("/nan", ""), "text")] if epoch == epoch else [],
-        [(f"{word} ", "dim"), (duration(seconds), "text+")] if seconds == seconds else [],
-        [(note, role)] if role == "good" else [],
+    times = {"ETA": known["eta_s"] if state == "LIVE" else math.nan, "took": known["elapsed_s"]}
+    parts: list[list[Part]] = [
+        [(f"{symbol} {state}", f"bold {role}")],
+        [(distinct([run.name], max(12, width // 3))[0], BOLD)],
+        [(f"reading {run.tail.offset / run.tail.size:.0%}" if run.tail.behind else "", WARN)],
+        [(f"✗ NaN {name} @{at:,.0f}", f"bold {BAD}") for at, name in log.nonfinite[:1]],
+        [(f"↻ resumed @{log.resumed:,.0f}" if log.resumed == log.resumed else "", WARN)],
+        [(f"metrics.jsonl: {run.tail.error}" if run.tail.error and run.exists and log.lines else "", BAD)],
+        [(f"✗ evaluation {other}" if (other := known["evaluation_of_another_checkpoint"]) else "", WARN)],
+        [(distinct([known["note"]], max(12, width - 45))[0], role)],
+        [("step ", DIM), (progress(step, total), "")],
+        [("epoch ", DIM), (progress(epoch, epochs, ".1f"), "")] if epoch == epoch else [],
+        *([(f"{word} ", DIM), (duration(seconds), BOLD)] for word, seconds in times.items() if seconds == seconds),
     ]
-    line: Line = []
-    for part in (part for part in parts if any(text for text, _ in part)):
-        longer = [*line, *([("   ", "")] if line else []), *part]
-        line = longer if cell_len("".join(text for text, _ in longer)) <= width or not line else line
+    line = Content("   ").join(Content.assemble(*part) for part in parts if any(text for text, _ in part))
     share = float(np.nan_to_num(np.minimum(1.0, step / total)))
     right = f" {share:.1%} · {shown}"
     full = round(share * (room := max(0, width - len(right))))
-    return [line, [("━" * full, role), ("─" * (room - full), "rule"), (right, "dim")]]
+    bar = Content.assemble(("━" * full, role), ("─" * (room - full), RULE), (right, DIM))
+    return [line.truncate(width, ellipsis=True), bar]
 
 
-def event_lines(runs: Sequence[Run], count: int = 200) -> list[Line]:
+def event_lines(runs: Sequence[Run]) -> list[Content]:
     """The last events, the newest at the bottom; of several runs with the run's name."""
     names = distinct([run.name for run in runs], 14)
     events = sorted(((e, i) for i, run in enumerate(runs) for e in run.log.events), key=lambda e: finite(e[0].time))
-    roles = {"error": "bad+", "warning": "warn", "interrupt": "warn", "resume": "warn", "finish": "good"}
-    lines: list[Line] = []
-    for (at, step, kind, text), i in events[-count:]:
+    roles = {"error": f"bold {BAD}", "warning": WARN, "interrupt": WARN, "resume": WARN, "finish": GOOD}
+    lines = []
+    for (at, step, kind, text), i in events[-200:]:
         clock = time.strftime("%H:%M:%S", time.localtime(at)) if at > 0 else "--:--:--"
-        name = [(f"{names[i]:<14} ", f"c{i}")] if len(runs) > 1 else []
-        where = (f"{step:>11,.0f}   ".replace("nan", "   "), "accent")
-        lines.append([(clock, "dim"), where, *name, (f"{kind:<11}{text}", roles.get(kind, "text"))])
+        name = (f"{names[i]:<14} " if len(runs) > 1 else "", RUNS[i])
+        where = (f"{step:>11,.0f}   ".replace("nan", "   "), ACCENT)
+        lines.append(Content.assemble((f" {clock}", DIM), where, name, (f"{kind:<11}{text}", roles.get(kind, ""))))
     return lines
 
 
-def dashboard(runs: Sequence[Run], view: View, width: int, height: int, now: float) -> Canvas:
-    """The whole screen, or more to be scrolled: charts, with the one in focus; from 110 columns on numbers, too."""
-    run, many, alone, known = runs[0], len(runs) > 1, view.alone, [facts(one, now) for one in runs]
+def grid(runs: Sequence[Run], view: View, width: int, height: int) -> list[Content]:
+    """As many charts as there is room for, in up to three columns; or one of them alone."""
+    panels = panels_of(runs)
+    columns = max(1, min(3, width // 36))
+    rows = max(1, min(-(-6 // columns), height // 8))
+    if view.alone:
+        panels, rows, columns = panels[min(int(view.alone), len(panels)) - 1 :], 1, 1
+    lines: list[Content] = []
+    for y in range(rows):
+        row = [Content("")] * (height * (y + 1) // rows - height * y // rows)
+        for x, panel in enumerate(panels[y * columns : (y + 1) * columns]):
+            start, end = (width + 1) * x // columns, (width + 1) * (x + 1) // columns
+            drawn = chart(runs, view, *panel, end - start - 1, len(row))
+            pairs = zip_longest(row, drawn, fillvalue=Content(""))
+            row = [Content.assemble(left.truncate(start, pad=True), right) for left, right in pairs]
+        lines += row
+    return lines
+
+
+def dashboard(runs: Sequence[Run], view: View, width: int, height: int, now: float) -> list[Content]:
+    """The whole screen, or more to be scrolled, in lines of `width` cells: charts; from 110 columns on numbers, too."""
     if width < 40 or height < 10:
-        return centred(["too small:", "40x10", "needed"], width, height)
-    if not many and known[0]["state"] == "WAITING":
-        what = f"metrics.jsonl: {run.tail.error or 'no record yet'}" if run.exists else "no such run yet"
-        return centred([f"waiting for {clean(run.path)}", what, "", "start one:  python train.py"], width, height)
-    if alone == "events":
-        return Canvas.of(event_lines(runs), width, height)
-    if alone == "numbers":
-        lines: list[Line] = []
-        for one, of in zip(runs, known, strict=True):
-            lines += [[(clean(one.real), "accent+")], *number_lines(one, of)]
-            config = json.dumps(one.config, indent=2, ensure_ascii=False)
-            lines += [[(clean(text), "text")] for text in config.splitlines()]
-        return Canvas.of(lines, width, height)
-    canvas, shown = Canvas.of([], width, height), f"last 1/{1 << view.zoom}" if view.zoom else "all steps"
-    top = header(run, known[0], width - 2, shown)[: 1 + (height >= 16)]
+        return [Content(text).truncate(width, pad=True) for text in ["40x10 cells are needed"] + [""] * (height - 1)]
+    known, many, shown = [facts(run, now) for run in runs], len(runs) > 1, f"last 1/{1 << view.zoom}"
+    shown, events, body = shown if view.zoom else "all steps", event_lines(runs), width - 2
+    top = header(runs[0], known[0], body, shown)[: 1 + (height >= 16)]
     if many:
-        evaluated, old = len(robustness(known)) > 2, any(one["evaluation_of_another_checkpoint"] for one in known)
-        hint = "† of another checkpoint" if old else shown if evaluated else "not evaluated: python evaluate.py RUN RUN"
-        title = Canvas.of([], width - 2, 1).head("which is more robust?", right=hint)
-        top = [title.line(0), *comparison(known, distinct([one.name for one in runs], 24), width - 2)]
-    canvas.write(0, top, 1)
-    bottom = height - (0 if alone or height < 22 else 3 if height < 34 else 4)
-    if bottom < height:
-        canvas[bottom:, :].head("events").write(1, event_lines(runs, height - bottom - 1), 1)
-    if wide := width >= 110 and not many and not alone:
-        lines = [*number_lines(run, known[0]), *[[]] * height][: bottom - len(top)]
-        canvas.write(len(top), [[("│ ", "rule"), *line] for line in lines], width - 47)
-    grid(canvas[len(top) : bottom, : width - 48 * wide], runs, view)
-    return canvas
-
-
-def grid(canvas: Canvas, runs: Sequence[Run], view: View) -> None:
-    """The charts, in up to three columns, from the page of the one in focus."""
-    panels, width = panels_of(runs), canvas.width + 1
-    columns = 1 if view.alone else max(1, min(3, canvas.width // 36))
-    rows = 1 if view.alone else max(1, min(-(-6 // columns), canvas.height // 8))
-    first = max(0, min(view.at // (columns * rows) * columns * rows, len(panels) - columns * rows))
-    for i, panel in enumerate(panels[first : first + columns * rows]):
-        y, x = divmod(i, columns)
-        tall = slice(canvas.height * y // rows, canvas.height * (y + 1) // rows)
-        chart(canvas[tall, width * x // columns : width * (x + 1) // columns - 1], runs, view, first + i, panel)
-
-
-def centred(words: Sequence[str], width: int, height: int) -> Canvas:
-    lines: list[Line] = [[(f"{text:^{width}}", "text")] for text in words]
-    return Canvas.of([], width, height).write(max(0, (height - len(lines)) // 2), lines)
+        names = distinct([run.name for run in runs], 24)
+        top = [head(body, "which is more robust?", right=shown), *comparison(known, names, body)]
+    lines = [Content.assemble(" ", line) for line in top]
+    if view.alone == "numbers":
+        lines += [*chain.from_iterable(map(number_lines, runs, known)), Content(""), *events]
+    else:
+        count = 0 if view.alone or height < 22 else 3 if height < 34 else 4
+        wide = 48 * (width >= 110 and not many and not view.alone)
+        charts = grid(runs, view, width - wide, height - len(top) - count)
+        beside = number_lines(runs[0], known[0]) if wide else []
+        for chart, numbers in zip_longest(charts, beside[: len(charts)], fillvalue=Content("")):
+            lines.append(Content.assemble(chart.truncate(width - wide, pad=True), (" │ "[:wide], RULE), numbers))
+        lines += [head(width, "events"), *events[1 - count :]] if count else []
+    return [line.truncate(width, pad=True) for line in [*lines, *[Content("")] * (height - len(lines))]]
 
 
 def pressed(key: str, view: View, runs: Sequence[Run]) -> View:
     """The view after a key."""
-    panels, records = panels_of(runs), max(run.log.tables["step"].rows for run in runs)
-    at = view.at % len(panels)
     match key:
         case "y":
-            return view._replace(logs=view.logs ^ {panels[at][0].split()[0]})
+            return view._replace(log=not view.log)
         case "+":  # at least five records stay
+            records = max(run.log.tables["step"].rows for run in runs)
             return view._replace(zoom=view.zoom + (records >> view.zoom >= 10))
         case "-":
             return view._replace(zoom=max(0, view.zoom - 1))
-        case "tab" | "shift+tab":
-            return view._replace(at=(at + (1 if key == "tab" else -1)) % len(panels))
-        case "numbers" | "events":
-            return view._replace(alone="" if view.alone == key else key)
         case "escape":
-            return view._replace(alone="", zoom=view.zoom if view.alone else 0)
-    to = min(int(key), len(panels)) - 1
-    return view._replace(at=to, alone="" if (view.alone, at) == ("chart", to) else "chart")
-
-
-def _key(key: str, name: str, shown: str = "", more: str = "", bound: str = "") -> Binding:
-    how = {"show": bool(shown), "key_display": shown or None, "tooltip": more, "priority": "tab" in key}
-    return Binding(bound or key, f"press('{key}')", name, **how)
-
-
-KEYS = [
-    Binding("q", "quit", "quit"),
-    Binding("ctrl+c", "quit", show=False, priority=True),
-    Binding("question_mark,h", "show_help_panel", "help", key_display="?"),
-    _key("1", "panel", "1-9", "alone, and back"),
-    *[_key(str(i), f"panel {i}") for i in range(2, 10)],
-    _key("tab", "next", "tab", "panel; more of them come to the screen"),
-    _key("shift+tab", "the panel before"),
-    _key("y", "log", "y"),
-    _key("+", "zoom", "+ -", "the last half, quarter, ... of the run", "plus,equals_sign"),
-    _key("-", "zoom out", bound="minus"),
-    _key("numbers", "numbers", "c", "every number, the evaluation, the configuration", "c"),
-    _key("events", "events", "e", bound="e"),
-    Binding("r", "runs", "runs", tooltip="pick another, or several to compare"),
-    _key("escape", "help, part or zoom away"),
-    Binding("t", "change_theme", "theme", show=False),
-    Binding("S", "screenshot(None, '.')", "picture", tooltip="SVG of the screen, a new file here", show=False),
-]
-
-# Okabe and Ito's palette, which survives every common colour blindness, lightened or darkened for the ground.
-CURVES = {
-    True: ("#56b4e9", "#e69f00", "#2cbf8f", "#f0e442", "#ff7f50", "#d993bf"),
-    False: ("#0072b2", "#956100", "#00785a", "#756b00", "#b94d00", "#9b3f73"),
-}
-GROUND = {"foreground": "#f0f3f6", "background": "#101317", "surface": "#101317", "accent": "#7cc4ff"}
-DARK = Theme("dark", "#7cc4ff", success="#2fc796", warning="#f0b429", error="#ff6a4d", **GROUND)
-
-
-def styles_of(theme: Theme) -> dict[str, Style]:
-    """Each role's style: the theme's colours, shades between its ground and text, six for curves; x+ bold, x- dim."""
-    known = theme.to_color_system().generate()
-    names = {"": "foreground", "bright": "foreground", "ground": "background", "accent": "text-primary"}
-    names |= {"good": "text-success", "warn": "text-warning", "bad": "text-error"}
-    roles = {role: Color.parse(known[name]) for role, name in names.items()}
-    roles |= {f"c{i}": Color.parse(colour) for i, colour in enumerate(CURVES[theme.dark])}
-    ground, shades = roles["ground"], {"text": 0.83, "dim": 0.52, "axis": 0.36, "rule": 0.16}
-    roles |= {role: ground.blend(roles["bright"], share) for role, share in shades.items()}
-    styles = {role: Style(color=colour.rich_color) for role, colour in roles.items()}
-    styles |= {f"{role}+": Style(color=colour.rich_color, bold=True) for role, colour in roles.items()}
-    return styles | {f"{role}-": Style(color=ground.blend(c, 0.4).rich_color) for role, c in roles.items()}
-
-
-ASCII = str.maketrans(dict(zip("━─│┤└▴▾✗●◐○■✓↻‖∇ωλεδ·–←→…×₁₂∞◆★†", "=-||+^vx*o.#v~|gwled.-<>.x12i>*+", strict=True)))
-ASCII |= dict.fromkeys(range(0x2801, 0x2900), "*")
+            return view._replace(alone="")
+    return view._replace(alone="" if view.alone == key else key)
 
 
 def ascii_of(text: str) -> str:
@@ -1057,188 +805,137 @@ def ascii_of(text: str) -> str:
     return text.translate(ASCII).encode("ascii", "replace").decode()
 
 
-# ---------------------------------------------------------------- the application: keys, colours, screen
+# --- the screen: keys, colours, the command line ----------------------------------------------------------------------
+
+# Okabe and Ito's palette, which survives every common colour blindness, lightened for the dark ground.
+PALETTE = {"primary": "#56b4e9", "warning": "#e69f00", "success": "#2cbf8f", "secondary": "#f0e442"}
+PALETTE |= {"error": "#ff7f50", "accent": "#d993bf"}
+GROUND = {"foreground": "#f0f3f6", "background": "#101317", "surface": "#101317"}
+DARK = Theme("dark", **PALETTE, **GROUND, variables={f"text-{name}": colour for name, colour in PALETTE.items()})
 
 
 class Pane(ScrollView, can_focus=True):
-    """A canvas, of which only the cells that changed are repainted."""
+    """Lines of text, of which only those that changed are repainted."""
 
-    ALLOW_SELECT = False
-    canvas = Canvas.of([], 1, 1)
+    BINDINGS: ClassVar = [
+        Binding("1", "app.press('1')", "panel", key_display="1-9", tooltip="alone, and back"),
+        *(Binding(str(i), f"app.press('{i}')", f"panel {i}", show=False) for i in range(2, 10)),
+        Binding("y", "app.press('y')", "log"),
+        Binding("plus,equals_sign", "app.press('+')", "zoom", key_display="+ -", tooltip="the last half, quarter, ..."),
+        Binding("minus", "app.press('-')", "zoom out", show=False),
+        Binding("c", "app.press('numbers')", "numbers", tooltip="and events, all of them"),
+        Binding("escape", "app.press('escape')", "help or part away", show=False),
+    ]
+    ALLOW_SELECT, shown = False, ()
 
-    def show(self, canvas: Canvas) -> None:
-        old, self.canvas = self.canvas, canvas
-        if old.cells.shape != canvas.cells.shape:
-            self.virtual_size = Size(canvas.width, canvas.height)
-            self.refresh()
-        elif changes := canvas.changes(old):
-            self.refresh(*(region.translate((0, -self.scroll_offset.y)) for region in changes))
+    def show(self, lines: Sequence[Content]) -> None:
+        old, self.shown, width = self.shown, lines, lines[0].cell_length
+        self.virtual_size = Size(width, len(lines))
+        if rows := [y for y, line in enumerate(lines) if y >= len(old) or not line.is_same(old[y])]:
+            self.refresh(*(Region(0, y - self.scroll_offset.y, width, 1) for y in rows))
 
     def render_line(self, y: int) -> Strip:
         y += self.scroll_offset.y
-        line = self.canvas.line(y) if y < self.canvas.height else []
-        line = [(ascii_of(text), role) for text, role in line] if self.app.ascii_only else line
-        strip = Strip([Segment(text, self.app.styles_by_role[role]) for text, role in line])
-        return strip.adjust_cell_length(self.size.width).apply_style(self.rich_style)
+        segments = self.shown[y].render_segments(self.visual_style) if y < len(self.shown) else []
+        segments = [Segment(ascii_of(s.text), s.style) for s in segments] if self.app.ascii_only else segments
+        return Strip(segments).adjust_cell_length(self.size.width, self.visual_style.rich_style)
 
     def on_resize(self) -> None:
-        self.app.redraw()
-
-
-class Picker(Screen):
-    """The runs in a directory, one or several of which can be opened."""
-
-    BINDINGS: ClassVar = [Binding("enter", "open", "open", priority=True), ("escape,q,r", "dismiss", "back")]
-
-    def __init__(self, root: Path, found: list[tuple[Run, dict[str, Any]]], width: int, styles: dict[str, Style]):
-        super().__init__()
-        head, *rows = comparison([known for _, known in found], [run.name for run, _ in found], width)
-        head, *rows = (Text.assemble(*((text, styles[role]) for text, role in line)) for line in (head, *rows))
-        none = f"no runs in {clean(root)} yet: python train.py"
-        title = f"{clean(root)}: which is more robust? (space: mark, to compare)\n" if rows else none
-        self.head = Static(Text.assemble(title, "    " * bool(rows), head))
-        self.list = SelectionList(*((row, run.real) for row, (run, _) in zip(rows, found, strict=True)), compact=True)
-
-    def compose(self) -> ComposeResult:
-        yield from (self.head, self.list, Footer(compact=True, show_command_palette=False))
-
-    def action_open(self) -> None:
-        here = self.list.highlighted
-        paths = self.list.selected or ([] if here is None else [self.list.get_option_at_index(here).value])
-        self.dismiss(paths[:4]) if paths else None
+        self.app.due.set()
 
 
 class Dash(App):
-    """One run, or several compared; without any, first of all the list of those under `root`."""
+    """One run, or several compared."""
 
-    TITLE, BINDINGS, fps, stall, ascii_only = "gradreg", KEYS, 2.0, None, False
+    TITLE, fps, ascii_only = "gradreg", 2.0, False  # pictures a second
+    BINDINGS: ClassVar = [
+        Binding("q", "quit", "quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+        Binding("question_mark", "show_help_panel", "help", key_display="?"),
+    ]
     CSS = """
-    Screen, Pane, Footer, FooterKey, SelectionList { background: $background; border: none; }
-    Pane { scrollbar-size: 0 0; } SelectionList, SelectionList:focus { height: 1fr; background-tint: transparent; }
-    SelectionList > .option-list--option-highlighted { background: $foreground 14%; }
+    Screen, Pane, Footer, FooterKey { background: $background; }
+    Pane { scrollbar-size: 0 0; color: $foreground 83%; }
     """
     clock = staticmethod(time.time)
 
-    def __init__(self, paths: Sequence[Path], root: Path, **options: Any):
-        """Options: fps, stall, ascii_only and clock, as above."""
+    def __init__(self, paths: Sequence[Path], **options: Any):
+        """Options: fps, ascii_only and clock, as above."""
         super().__init__()
         self.__dict__ |= options
-        self.runs, self.root, self.view = [Run(path, self.stall) for path in paths], root, View()
-        self.pane, self.caught_up = Pane(), False
+        self.runs, self.view, self.pane = [Run(path) for path in paths], View(), Pane()
+        self.due, self.caught_up = asyncio.Event(), False  # due: a picture that does not wait for its time
         self.register_theme(DARK)
         self.theme = "dark"
 
     def compose(self) -> ComposeResult:
-        yield from (self.pane, Footer(compact=True, show_command_palette=False))
-
-    def watch_theme(self) -> None:
-        self.styles_by_role = styles_of(self.current_theme)
+        yield from (self.pane, Footer(compact=True))
 
     def on_mount(self) -> None:
         self.run_worker(self.follow())
-        if not self.runs:
-            self.action_runs()
         if not self.is_headless:  # end with a terminal that goes without a signal: reading from it would never stop
             self.set_interval(1, lambda: sys.__stdin__.isatty() or os._exit(1))
 
     async def follow(self) -> None:
-        """Read what is new and draw, `fps` times a second; a long log in slices, the first at once."""
-        period, due = 1 / self.fps, 0.0
+        """Read what is new and draw, `fps` times a second and after keys; a long log in slices, the first at once."""
+        period, drawn = 1 / self.fps, -math.inf
         while True:
             for run in self.runs:
-                run.apply(await asyncio.to_thread(run.fetch), self.clock())
+                await asyncio.to_thread(run.poll, self.clock())
             behind = any(run.tail.behind for run in self.runs)
-            if not behind or time.monotonic() >= due:
-                self.caught_up, due = not behind, time.monotonic() + 2 * period
-                self.redraw()
-            await asyncio.sleep(0 if behind else period)
-
-    def redraw(self) -> None:
-        """Show what the runs say now."""
-        if self.runs and self.pane.size:
-            self.pane.show(dashboard(self.runs, self.view, *self.pane.size, self.clock()))
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        return action not in ("press", "runs") or len(self.screen_stack) == 1
+            if self.pane.size and (not behind or self.due.is_set() or time.monotonic() > drawn + 2 * period):
+                self.due.clear()
+                self.pane.show(dashboard(self.runs, self.view, *self.pane.size, self.clock()))
+                self.caught_up, drawn = not behind, time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.due.wait(), 0 if behind else period)
 
     def action_press(self, key: str) -> None:
         if key == "escape" and self.screen.query("HelpPanel"):
             self.action_hide_help_panel()
-        elif self.runs:
+        else:
             self.view = pressed(key, self.view, self.runs)
-            self.redraw()
-            self.pane.scroll_to(0, 1e6 if self.view.alone == "events" else 0, animate=False)
-
-    @work(exclusive=True, group="runs")
-    async def action_runs(self) -> None:
-        """Pick a run, or several to be compared; those that are open stay read."""
-        root = Path(self.runs[0].real).parent if self.runs else self.root
-        found = await asyncio.to_thread(runs_under, root, self.clock())
-        picked = await self.push_screen_wait(Picker(root, found, self.size.width - 5, self.styles_by_role))
-        known = {run.real: run for run in self.runs}
-        if picked:
-            self.runs, self.view = [known.get(path) or Run(Path(path), self.stall) for path in picked], View()
-        elif not self.runs:
-            self.exit()
-        self.redraw()
-
-
-# ---------------------------------------------------------------- the command line
+            self.due.set()
+            self.pane.scroll_to(0, 0, animate=False)
 
 
 def main(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run directories, or one directory of runs.")] = None,
     once: Annotated[bool, typer.Option(help="Print one plain-text snapshot and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run and exit.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print all records of a run and exit.")] = False,
-    fps: Annotated[float, typer.Option(min=0.1, max=30, help="Pictures a second.")] = 2.0,
-    stall: Annotated[float | None, typer.Option(min=1, help="Seconds of silence before STALLED.")] = None,
     ascii_only: Annotated[bool, typer.Option("--ascii", help="No characters beyond ASCII.")] = False,
 ) -> None:
-    """Watch training runs in the terminal; without an argument, pick one under runs/."""
+    """Watch training runs in the terminal; of a directory of runs (by default runs/), tell which is more robust."""
     paths = [path.parent if path.name == "metrics.jsonl" else path for path in runs or [Path("runs")]]
     if len(paths) > 4:
         fail(f"at most four runs can be compared, not {len(paths)}")
-    streams, here = (sys.stdin, sys.stdout, sys.stderr), Path(resolved(paths[0]))
+    here = Path(resolved(paths[0]))
     own = any((here / name).exists() for name in ("metrics.jsonl", "config.json", "status.json"))
-    pick = len(paths) == 1 and not own and (not runs or bool(runs_under(here, 0.0)))
-    plain = once or as_json or as_csv or not all(f.isatty() for f in streams) or os.environ.get("TERM") == "dumb"
+    listed = len(paths) == 1 and here.is_dir() and not own
+    live = all(f.isatty() for f in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get("TERM") != "dumb"
+    live = live and not (once or as_json or listed)
     for path in paths:  # runs/ itself may be still to come
-        if not os.path.isdir(resolved(path)) and (plain or not os.path.isdir(path.absolute().parent.parent)):
+        if not os.path.isdir(resolved(path)) and not (live and path.absolute().parent.parent.is_dir()):
             fail(f"no such run: {path}")
-    ascii_only = ascii_only or not all(map(speaks_unicode, streams[1:]))
-    if not plain:  # Textual draws on stderr
-        Dash([] if pick else paths, here, fps=fps, stall=stall, ascii_only=ascii_only).run()
+    ascii_only = ascii_only or not all("utf" in (f.encoding or "").lower() for f in (sys.stdout, sys.stderr))
+    if live:  # Textual draws on stderr
+        Dash(paths, ascii_only=ascii_only).run()
         return
-    now = time.time()
-    found = (
-        runs_under(here, now)
-        if pick
-        else [(run, facts(run, now)) for path in paths for run in [Run(path, stall).read_all()]]
-    )
-    if not found:
+    opened = runs_under(here) if listed else [Run(path).read_all() for path in paths]
+    if not opened:
         fail(f"no runs in {paths[0]}")
-    (opened, known), width = zip(*found, strict=True), max(40, shutil.get_terminal_size((120, 24)).columns)
+    now, width = time.time(), max(40, shutil.get_terminal_size((120, 24)).columns)
+    known = [facts(run, now) for run in opened]
+    if as_json:  # NaN is no JSON
+        lines = [json.dumps(json.loads(json.dumps(one), parse_constant=lambda _: None)) for one in known]
+    else:
+        listing = comparison(known, [run.name for run in opened])
+        lines = listing if listed else dashboard(opened, View(), width, 40, now)
+        lines = [ascii_of(line.plain.rstrip()) if ascii_only else line.plain.rstrip() for line in lines]
     try:
-        if as_csv:
-            write_csv(opened[0], sys.stdout)
-        elif as_json:
-            print("\n".join(json.dumps(json.loads(json.dumps(one), parse_constant=lambda _: None)) for one in known))
-        else:
-            lines = comparison(known, [run.name for run in opened])
-            canvas = Canvas.of(lines, 1000) if pick else dashboard(opened, View(), width, 40, now)
-            print(ascii_of(canvas.text) if ascii_only else canvas.text)
-        sys.stdout.flush()
+        print(*lines, sep="\n", flush=True)
     except BrokenPipeError:  # a reader that has left is no reason to fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def speaks_unicode(stream: Any) -> bool:
-    """Whether our characters can be written there; whatever comes, writing raises no UnicodeError from now on."""
-    with contextlib.suppress(AttributeError, ValueError, LookupError):
-        stream.reconfigure(errors="replace")
-        return bool("⣿▴‖∇".encode(stream.encoding))
-    return False
 
 
 def fail(message: str) -> None:

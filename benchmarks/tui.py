@@ -242,9 +242,9 @@ def measure_million(path: Path) -> None:
     first = time.monotonic() - terminal.begun
     delays = []
     while f"step {writer.step:,}/" not in terminal.screen.text:
-        terminal.press("e")
+        terminal.press("c")
         delays.append(terminal.wait("1 loss", gone=True))
-        terminal.press("e")
+        terminal.press("c")
         delays.append(terminal.wait("1 loss"))
         terminal.read(1)
     done = time.monotonic() - terminal.begun
@@ -280,7 +280,7 @@ def picture(out: Path, runs: list[Path], size: str = "120x36") -> None:
     from tui import Dash
 
     async def shoot() -> str:
-        dash = Dash(runs, runs[0].parent)
+        dash = Dash(runs)
         async with dash.run_test(size=tuple(map(int, size.split("x")))) as pilot:
             while not (dash.caught_up and dash.screen.query("FooterKey")):
                 await pilot.pause(0.01)

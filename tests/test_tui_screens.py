@@ -1,4 +1,4 @@
-"""The dashboard as it runs: every key, every state, the picker, comparing, resizing, and what reaches a terminal."""
+"""The dashboard as it runs: every key, every state, comparing, resizing, and what reaches a terminal."""
 
 import asyncio
 import json
@@ -32,11 +32,11 @@ def screen_text(app):
     return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
 
 
-def drive(scenario, *paths, root=None, size=(120, 36), **options):
+def drive(scenario, *paths, size=(120, 36), **options):
     """Run the application without a terminal and let `scenario` use it: await scenario(app, pilot, see)."""
 
     async def session():
-        app = tui.Dash(paths, root or paths[0].parent, fps=6, clock=lambda: NOW, **options)
+        app = tui.Dash(paths, fps=6, clock=lambda: NOW, **options)
         async with app.run_test(size=size, notifications=True) as pilot:
 
             async def see(*words, absent=()):
@@ -53,9 +53,7 @@ def drive(scenario, *paths, root=None, size=(120, 36), **options):
     asyncio.run(session())
 
 
-def test_every_key_in_a_session(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
+def test_every_key_in_a_session(runs):
     async def scenario(app, pilot, see):
         await see("● LIVE", "step 100/200", "1 loss", "5 error")
         for key, title in (("1", "1 loss"), ("2", "2 penalty"), ("5", "5 error")):
@@ -64,46 +62,56 @@ def test_every_key_in_a_session(runs, tmp_path, monkeypatch):
             await see(title, "● LIVE", absent=[other, "─ events"])
             await pilot.press(key)
             await see(title, other, "─ events")
-        await pilot.press("tab")
-        await see("━ 1 loss")  # after the last one
-        await pilot.press("shift+tab", "y")
-        await see("━ 5 error")
-        assert app.view.logs == {"gradient", "error"}
+        await pilot.press("y")
+        await see("nats ", " log ")
+        assert app.view.log
         await pilot.press("plus")
         await see("last 1/2")
-        await pilot.press("minus", "plus", "escape")
+        await pilot.press("minus", "plus", "minus")
         await see("all steps")
-        for key, words in (("e", "attacked 40.0 %"), ("c", "steps_total")):
-            await pilot.press(key)
-            await see(words, absent=["1 loss"])
-            await pilot.press("escape")
+        for back in ("c", "escape"):
+            await pilot.press("c")
+            await see("steps/s", "attacked 40.0 %", absent=["1 loss"])
+            await pilot.press(back)
             await see("1 loss")
         await pilot.press("question_mark")
         await see("panel 9")  # Textual's help panel
         await pilot.press("escape")
         await see("1 loss", absent=["panel 9"])
-        await pilot.press("S", "S")
-        await see("Saved")
         await pilot.press("q")
         assert app._exit
 
     drive(scenario, runs / "a")
-    pictures = list(tmp_path.glob("*.svg"))
-    assert pictures
-    assert all("1 loss" in picture.read_text().replace("&#160;", " ") for picture in pictures)
+
+
+def test_numbers_that_do_not_fit_are_scrolled(runs):
+    async def scenario(app, pilot, see):
+        await see("1 loss")
+        await pilot.press("c")
+        await see("● LIVE", "last    mean", absent=["attacked 40.0 %"])
+        await pilot.press("end")
+        await see("attacked 40.0 %", absent=["● LIVE"])
+        await pilot.press("c")
+        await see("● LIVE", "1 loss")
+
+    drive(scenario, runs / "a", size=(60, 12))
 
 
 def test_themes_are_chosen_from_textuals_palette(runs):
+    def colours(app):
+        return {str(segment.style.color) for y in range(30) for segment in app.pane.render_line(y) if segment.style}
+
     async def scenario(app, pilot, see):
-        await see("1 loss")
-        before = app.styles_by_role["c0"]
-        await pilot.press("t")
-        await pilot.press(*"light")
-        await see("light")
-        app.pop_screen()
+        await see("1 loss", "^p palette")
+        before = colours(app)
+        assert len(before) > 8
+        await pilot.press("ctrl+p")
+        await see("Theme", "Screenshot")
+        await pilot.press("escape")
         app.theme = "textual-light"
         await see("1 loss")
-        assert app.styles_by_role["c0"] != before
+        await pilot.pause(0.1)
+        assert not colours(app) & before
         await pilot.press("question_mark")
         await pilot.press("ctrl+c")  # quits from everywhere
         assert app._exit
@@ -125,11 +133,11 @@ def test_every_key_of_the_footer_and_the_help_does_something(runs):
 
 
 STATES = [
-    ("○ WAITING", [], None, []),
+    ("○ WAITING", [], None, ["metrics.jsonl: no record yet"]),
     ("● LIVE", [step(100)], None, ["step 100/100"]),
     ("● LIVE", [step(9)], {"state": "running", "phase": "eval", "time": NOW}, ["eval"]),
     ("● LIVE", [], {"state": "running", "phase": "data", "time": NOW}, ["step 0/100", "data"]),
-    ("◐ STALLED", [step(1), step(2)], None, ["no record for 1m 38s"]),
+    ("◐ STALLED", [step(1), step(2)], None, ["no record for 0:01:38"]),
     ("✓ FINISHED", [step(100)], {"state": "finished"}, ["took"]),
     ("■ INTERRUPTED", [step(100)], {"state": "interrupted"}, ["--resume"]),
     ("✗ FAILED", [step(100)], {"state": "failed", "error": "CUDA out of memory"}, ["CUDA out of memory"]),
@@ -142,7 +150,7 @@ STATES = [
 @pytest.mark.parametrize(("word", "records", "status", "more"), STATES)
 def test_every_state_is_visible_at_a_glance(tmp_path, word, records, status, more):
     run = run_of(tmp_path / "run", *records, status=status)
-    first = "".join(text for text, _ in tui.header(run, tui.facts(run, NOW), 78, "")[0])
+    first = tui.header(run, tui.facts(run, NOW), 78, "")[0].plain
     assert tui.cell_len(first) <= 78
     assert all(words in first for words in (word, *more))
 
@@ -154,7 +162,7 @@ def test_a_run_is_live_from_its_first_second(tmp_path):
     )
 
     async def scenario(app, pilot, see):
-        await see("● LIVE", "step 0/100", "data", "1 loss", "no data yet", "start", absent=["waiting"])
+        await see("● LIVE", "step 0/100", "data", "1 loss", "no data yet", "start", absent=["WAITING"])
         with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
             file.write(to_bytes(step(1, time=NOW)))
         await see("● LIVE", "step 1/100", "epoch 0.1/10")
@@ -166,7 +174,7 @@ def test_a_run_that_appears_grows_is_deleted_and_comes_back(tmp_path):
     path = tmp_path / "run"
 
     async def scenario(app, pilot, see):
-        await see("waiting for", "no such run yet", "python train.py")
+        await see("○ WAITING", "no such run yet", "1 loss no data yet")
         path.mkdir()
         await see("metrics.jsonl: no such file")
         (path / "metrics.jsonl").write_bytes(to_bytes(step(1))[:-5])
@@ -194,7 +202,7 @@ def test_latest_moves_on_to_the_next_run(runs, tmp_path):
         (runs / "d" / "metrics.jsonl").rename(runs / "d" / "later")
         (runs / "new").symlink_to("d")
         (runs / "new").replace(latest)
-        await see("waiting for", "no such file")
+        await see("○ WAITING", "no such file")
         (runs / "d" / "later").rename(runs / "d" / "metrics.jsonl")
         await see("d  ", "step 2/50")
 
@@ -218,9 +226,8 @@ def test_a_long_log_is_drawn_after_its_first_slice_and_read_between_the_keys(tmp
     """The first screen does not wait for the end of a log of many slices, nor do keys."""
     run_of(tmp_path / "run", *(step(n) for n in range(1, 10_001)))
     monkeypatch.setattr(tui.Tail.__init__, "__defaults__", (tui.math.inf, 4096))  # hundreds of slices
-    read, redraw = [], tui.Dash.redraw
-    monkeypatch.setattr(tui.Dash, "redraw", lambda app: read.append(app.runs[0].log.lines) or redraw(app))
-    pressed = []
+    read, draw, pressed = [], tui.dashboard, []
+    monkeypatch.setattr(tui, "dashboard", lambda runs, *how: read.append(runs[0].log.lines) or draw(runs, *how))
 
     async def scenario(app, pilot, see):
         press = app.action_press
@@ -248,78 +255,14 @@ def test_growing_and_shrinking_terminals_are_filled(runs):
     drive(scenario, runs / "a")
 
 
-# --- the list, and comparing ------------------------------------------------------------------------------
-
-
-def test_pick_open_and_come_back(runs):
+def test_runs_are_compared_side_by_side_with_a_name_at_each_line(runs):
     async def scenario(app, pilot, see):
-        text = await see("which is more robust?", "attacked %", " a ", " b ", " c ")
-        here = app.screen.list.get_option_at_index(1).value
-        assert Path(here).name in text
-        await pilot.press("down", "enter")
-        await see("● LIVE", Path(here).name, "1 loss", "step 100/200")
-        assert [run.real for run in app.runs] == [here]
-        await pilot.press("r")
-        await see("which is more robust?")
-        await pilot.press("escape")
-        await see("● LIVE", "1 loss", absent=["which is more robust?"])
-        await pilot.press("r")
-        await see("which is more robust?")
-        await pilot.press("q")
-        await see("1 loss", absent=["which is more robust?"])
-        assert not app._exit
-
-    drive(scenario, root=runs)
-
-
-def test_names_in_the_list_are_whole(runs):
-    name = "imagenet-resnet50-fd-linf-lam0.01-h0.001-seed12"
-    for seed in "12":
-        run_of(runs / f"{name}{seed}", step(1))
-
-    async def scenario(app, pilot, see):
-        await see(f"{name}1", f"{name}2")
-
-    drive(scenario, root=runs, size=(80, 24))
-
-
-def test_mark_two_and_compare(runs):
-    async def scenario(app, pilot, see):
-        await see("which is more robust?")
-        values = [app.screen.list.get_option_at_index(i).value for i in range(3)]
-        await pilot.press("space", "down", "down", "space", "enter")
-        await see("which is more robust?", "1 loss train", "─ events")
-        assert [run.real for run in app.runs] == [values[0], values[2]]
+        text = await see("which is more robust?", "attacked %", "1 loss train", "─ events", "lam=0.1", "lam=1.0")
+        assert [any(line.rstrip().endswith(f" {name}") for line in text.splitlines()) for name in "abc"] == [True] * 3
         await pilot.press("c")
-        await see(*values[:1], absent=["1 loss train"])
+        await see("last    mean", absent=["1 loss train"])
 
-    drive(scenario, root=runs)
-
-
-def test_opening_one_of_those_compared_keeps_what_was_read(runs):
-    async def scenario(app, pilot, see):
-        await see("which is more robust?", " a ", " b ", " c ", "1 loss")
-        first = {run.real: run for run in app.runs}
-        await pilot.press("r")
-        await see("space: mark")
-        picked = app.screen.list.get_option_at_index(0).value
-        await pilot.press("enter")
-        await see("● LIVE", "step 100/200")
-        assert app.runs == [first[picked]]
-
-    drive(scenario, runs / "a", runs / "b", runs / "c")
-
-
-def test_no_runs_yet_is_a_calm_screen(tmp_path):
-    async def scenario(app, pilot, see):
-        await see("no runs in", "python train.py")
-        await pilot.press("enter", "space", "down")  # nothing to open, nothing happens
-        await see("no runs in")
-        await pilot.press("q")
-        await pilot.pause(0.1)
-        assert app._exit
-
-    drive(scenario, root=tmp_path / "runs")
+    drive(scenario, *(runs / name for name in "abc"), size=(140, 36))
 
 
 # --- what reaches a terminal ------------------------------------------------------------------------------
@@ -332,7 +275,7 @@ def test_a_terminal_that_only_got_changes_shows_what_a_full_repaint_shows(tmp_pa
     writer = benchmark.Writer(tmp_path / "run", steps=5000, epoch=100, gap=0.01)
     writer.start = time.time() - 5
     writer.records(250)
-    terminal = benchmark.Terminal(str(writer.path), "--fps", "20", columns=columns, rows=rows)
+    terminal = benchmark.Terminal(str(writer.path), columns=columns, rows=rows)
     other = None
     try:
         terminal.wait("step 250/")
@@ -368,7 +311,7 @@ def test_no_color_takes_the_colours_away(tmp_path):
     code = (
         "import asyncio, sys, tui; from pathlib import Path\n"
         "async def main():\n"
-        "    app = tui.Dash([Path(sys.argv[1])], Path())\n"
+        "    app = tui.Dash([Path(sys.argv[1])])\n"
         "    async with app.run_test(size=(100, 30)) as pilot:\n"
         "        while not app.caught_up:\n"
         "            await pilot.pause(0.01)\n"
@@ -394,8 +337,9 @@ def test_the_benchmarks_runs_obey_the_contract(tmp_path):
     records = [json.loads(line) for line in (writer.path / "metrics.jsonl").read_text().splitlines()]
     kinds = {record["kind"]: set(record) for record in records}
     common = {"kind", "step", "epoch", "time"}
-    assert kinds["step"] == common | set(tui.GIVEN["step"])
-    assert kinds["epoch"] == common | set(tui.GIVEN["epoch"]) - {"top5_error_pct"} | {"omega"}
+    assert kinds["step"] == common | set(tui.FIELDS["step"])
+    omegas = {name for name in tui.SERIES if name.startswith("omega.")}
+    assert kinds["epoch"] == common | set(tui.FIELDS["epoch"]) - omegas - {"top5_error_pct"} | {"omega", "seconds"}
     assert kinds["event"] == common | {"event", "message"}
     assert json.loads((writer.path / "status.json").read_text())["state"] == "running"
 
