@@ -125,6 +125,7 @@ omega.3                epoch  3  warning    -          {3}     ω({3})
 }
 PANELS = ("loss", "penalty λ/2·R", "gradient {dual}", "modulus ω", "error")  # there from the first moment
 PANELS += ("finite difference", "margin gradient {dual}", "learning rate", "images/s")
+FILES = ("config.json", "status.json", "evaluation/summary.json", "metrics.jsonl")
 AXES = ("step", "epoch", "time")  # where a record lies
 FIELDS = {kind: (*AXES, *(s.name for s in SERIES.values() if s.table == kind)) for kind in ("step", "epoch")}
 DUALS = {"l2": "‖∇‖₂", "linf": "‖∇‖₁", "l1": "‖∇‖∞"}
@@ -137,9 +138,8 @@ ASCII |= dict.fromkeys(range(0x2801, 0x2900), "*")  # braille
 class Tail:
     """The whole lines of a growing file, each exactly once, also when it is truncated or replaced.
 
-    It is opened anew at each poll (NFS), so it may appear, vanish and come back; its inode, its first bytes and the
-    offset behind the last newline are remembered.  A line longer than `limit` goes by in broken pieces.  With `last`,
-    only so many bytes of a longer file are read.
+    It is opened anew at each poll (NFS), so it may vanish and come back.  A line longer than `limit` goes by in broken
+    pieces.  With `last`, only so many bytes of a longer file are read.
     """
 
     def __init__(self, path: Path, last: float = math.inf, limit: int = 1 << 19):
@@ -287,7 +287,7 @@ class Run:
 
     def __init__(self, path: Path, last: float = math.inf):
         self.path, self.limit, self.real, self.log, self.exists = path, last, resolved(path), Log(), True
-        self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / "metrics.jsonl", last)
+        self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / FILES[-1], last)
         self.config, self.status, self.summary, self.options = {}, {}, {}, {}
         self.arrived, self._caught_up = math.nan, False  # when, by our clock, a record came in while we watched
 
@@ -297,8 +297,7 @@ class Run:
             self.__init__(self.path, self.limit)
         lines, void = self.tail.poll()
         self.exists = os.path.isdir(self.real)
-        names = ("config.json", "status.json", "evaluation/summary.json")
-        config, self.status, self.summary = (document(Path(self.real) / name) for name in names)
+        config, self.status, self.summary = (document(Path(self.real) / name) for name in FILES[:-1])
         if self.exists:  # of a deleted run the configuration stays, for the names of its curves
             self.config, self.options = config, entries(config.get("options"))
         if void:
@@ -710,22 +709,24 @@ def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Cont
     parts: list[list[Part]] = [
         [(f"{symbol} {state}", f"bold {role}")],
         [(distinct([run.name], max(12, width // 3))[0], BOLD)],
+        [(distinct([known["note"]], max(12, width - 45))[0], role)],
         [(f"reading {run.tail.offset / run.tail.size:.0%}" if run.tail.behind else "", WARN)],
         [(f"✗ NaN {name} @{at:,.0f}", f"bold {BAD}") for at, name in log.nonfinite[:1]],
         [(f"↻ resumed @{log.resumed:,.0f}" if log.resumed == log.resumed else "", WARN)],
         [(f"metrics.jsonl: {run.tail.error}" if run.tail.error and run.exists and log.lines else "", BAD)],
         [(f"✗ evaluation {other}" if (other := known["evaluation_of_another_checkpoint"]) else "", WARN)],
-        [(distinct([known["note"]], max(12, width - 45))[0], role)],
         [("step ", DIM), (progress(step, total), "")],
         [("epoch ", DIM), (progress(epoch, epochs, ".1f"), "")] if epoch == epoch else [],
         *([(f"{word} ", DIM), (duration(seconds), BOLD)] for word, seconds in times.items() if seconds == seconds),
     ]
-    line = Content("   ").join(Content.assemble(*part) for part in parts if any(text for text, _ in part))
+    words = [Content.assemble(*part) for part in parts if any(text for text, _ in part)]
+    while (line := Content("   ").join(words)).cell_length > width and len(words) > 1:
+        words.pop()
     share = float(np.nan_to_num(np.minimum(1.0, step / total)))
     right = f" {share:.1%} · {shown}"
     full = round(share * (room := max(0, width - len(right))))
     bar = Content.assemble(("━" * full, role), ("─" * (room - full), RULE), (right, DIM))
-    return [line.truncate(width, ellipsis=True), bar]
+    return [line, bar]
 
 
 def event_lines(runs: Sequence[Run]) -> list[Content]:
@@ -810,8 +811,8 @@ def ascii_of(text: str) -> str:
 # Okabe and Ito's palette, which survives every common colour blindness, lightened for the dark ground.
 PALETTE = {"primary": "#56b4e9", "warning": "#e69f00", "success": "#2cbf8f", "secondary": "#f0e442"}
 PALETTE |= {"error": "#ff7f50", "accent": "#d993bf"}
-GROUND = {"foreground": "#f0f3f6", "background": "#101317", "surface": "#101317"}
-DARK = Theme("dark", **PALETTE, **GROUND, variables={f"text-{name}": colour for name, colour in PALETTE.items()})
+GROUND = {"foreground": "#f0f3f6", "background": "#101317", "surface": "#101317", "accent": PALETTE["primary"]}
+DARK = Theme("dark", **PALETTE | GROUND, variables={f"text-{name}": colour for name, colour in PALETTE.items()})
 
 
 class Pane(ScrollView, can_focus=True):
@@ -910,12 +911,11 @@ def main(
     if len(paths) > 4:
         fail(f"at most four runs can be compared, not {len(paths)}")
     here = Path(resolved(paths[0]))
-    own = any((here / name).exists() for name in ("metrics.jsonl", "config.json", "status.json"))
-    listed = len(paths) == 1 and here.is_dir() and not own
+    listed = len(paths) == 1 and here.is_dir() and not any((here / name).exists() for name in FILES)
     live = all(f.isatty() for f in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get("TERM") != "dumb"
     live = live and not (once or as_json or listed)
-    for path in paths:  # runs/ itself may be still to come
-        if not os.path.isdir(resolved(path)) and not (live and path.absolute().parent.parent.is_dir()):
+    for path in paths:  # of a run that is named even the directory of runs may be still to come
+        if not os.path.isdir(resolved(path)) and not (live and runs and path.absolute().parent.parent.is_dir()):
             fail(f"no such run: {path}")
     ascii_only = ascii_only or not all("utf" in (f.encoding or "").lower() for f in (sys.stdout, sys.stderr))
     if live:  # Textual draws on stderr
