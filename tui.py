@@ -434,7 +434,7 @@ def robustness(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float], A
 
 def runs_under(root: Path) -> list[Run]:
     """The runs in a directory, latest first.  Of each only the end is read; links, as runs/latest, are passed over."""
-    paths = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
+    paths = [p for p in root.glob("*") if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
     found = [Run(path, last=1 << 19).read_all() for path in paths]
     found.sort(key=lambda run: -np.nan_to_num(np.fmax(run.log.last["time"], finite(run.config.get("created")))))
     return [run for run in found if run.config or run.status or run.log.lines]
@@ -610,7 +610,7 @@ def chart(runs: Sequence[Run], view: View, title: str, series: list[Series], wid
         runs_of = groupby(zip(cells[y], roles[y], strict=True), key=itemgetter(1))
         plot = [("".join(char for char, _ in group), role) for role, group in runs_of]
         lines.append(Content.assemble(*gutter, *plot, *ends.get(y, ())))
-    first, middle, last = (number(step, ".6g") for step in edges[[0, columns, -1]])
+    first, middle, last = (number(round(step), ".6g") for step in edges[[0, columns, -1]])
     room = columns - 2 * (size := max(len(first), len(last)))
     axis = f"{first:─<{size}}{middle if room > len(middle) else '':─^{room}}{last:─>{size}}"
     return [*lines, Content.assemble((f"{'└':>{GUTTER}}{axis}", AXIS))]
@@ -766,22 +766,23 @@ def dashboard(runs: Sequence[Run], view: View, width: int, height: int, now: flo
     """The whole screen, or more to be scrolled, in lines of `width` cells: charts; from 110 columns on numbers, too."""
     if width < 40 or height < 10:
         return [Content(text).truncate(width, pad=True) for text in ["40x10 cells are needed"] + [""] * (height - 1)]
-    known, many, shown = [facts(run, now) for run in runs], len(runs) > 1, f"last 1/{1 << view.zoom}"
-    shown, events, body = shown if view.zoom else "all steps", event_lines(runs), width - 2
-    top = header(runs[0], known[0], body, shown)[: 1 + (height >= 16)]
+    known, many, events = [facts(run, now) for run in runs], len(runs) > 1, event_lines(runs)
+    shown = f"last 1/{1 << view.zoom}" if view.zoom else "all steps"
+    top = header(runs[0], known[0], width - 2, shown)[: 1 + (height >= 16)]
     if many:
         names = distinct([run.name for run in runs], 24)
-        top = [head(body, "which is more robust?", right=shown), *comparison(known, names, body)]
+        top = [head(width - 2, "which is more robust?", right=shown), *comparison(known, names, width - 2)]
     lines = [Content.assemble(" ", line) for line in top]
     if view.alone == "numbers":
-        lines += [*chain.from_iterable(map(number_lines, runs, known)), Content(""), *events]
+        tables = [[Content(f" {run.name}"), *number_lines(run, of)] for run, of in zip(runs, known, strict=True)]
+        lines += [*chain.from_iterable(tables), Content(""), *events]
     else:
         count = 0 if view.alone or height < 22 else 3 if height < 34 else 4
         wide = 48 * (width >= 110 and not many and not view.alone)
         charts = grid(runs, view, width - wide, height - len(top) - count)
         beside = number_lines(runs[0], known[0]) if wide else []
-        for chart, numbers in zip_longest(charts, beside[: len(charts)], fillvalue=Content("")):
-            lines.append(Content.assemble(chart.truncate(width - wide, pad=True), (" │ "[:wide], RULE), numbers))
+        for left, right in zip_longest(charts, beside[: len(charts)], fillvalue=Content("")):
+            lines.append(Content.assemble(left.truncate(width - wide, pad=True), (" │ "[:wide], RULE), right))
         lines += [head(width, "events"), *events[1 - count :]] if count else []
     return [line.truncate(width, pad=True) for line in [*lines, *[Content("")] * (height - len(lines))]]
 
@@ -848,7 +849,7 @@ class Pane(ScrollView, can_focus=True):
 class Dash(App):
     """One run, or several compared."""
 
-    TITLE, fps, ascii_only = "gradreg", 2.0, False  # pictures a second
+    TITLE, fps, ascii_only = "gradreg", 2.0, False
     BINDINGS: ClassVar = [
         Binding("q", "quit", "quit"),
         Binding("ctrl+c", "quit", show=False, priority=True),
@@ -861,7 +862,7 @@ class Dash(App):
     clock = staticmethod(time.time)
 
     def __init__(self, paths: Sequence[Path], **options: Any):
-        """Options: fps, ascii_only and clock, as above."""
+        """Options: fps (pictures a second), ascii_only and clock, as above."""
         super().__init__()
         self.__dict__ |= options
         self.runs, self.view, self.pane = [Run(path) for path in paths], View(), Pane()
@@ -929,8 +930,8 @@ def main(
     if as_json:  # NaN is no JSON
         lines = [json.dumps(json.loads(json.dumps(one), parse_constant=lambda _: None)) for one in known]
     else:
-        listing = comparison(known, [run.name for run in opened])
-        lines = listing if listed else dashboard(opened, View(), width, 40, now)
+        names, room = [run.name for run in opened], width if sys.stdout.isatty() else math.inf
+        lines = comparison(known, names, room) if listed else dashboard(opened, View(), width, 40, now)
         lines = [ascii_of(line.plain.rstrip()) if ascii_only else line.plain.rstrip() for line in lines]
     try:
         print(*lines, sep="\n", flush=True)
