@@ -10,11 +10,9 @@ every misclassified x + v satisfies (Prop. 2.2)
 The proposition is a theorem; L and omega are not known, and this is where a bound can be false.  Three ways to
 estimate them, from the most faithful to the most useful:
 
-    estimate_by_sampling     random v, maxima over batches, a GEV distribution: the paper's.  In high dimension
-                             random v find next to nothing; a large share of the omega-bounds can be false.
+    estimate_by_sampling     random v, block maxima, a GEV: the paper's.  A large share of the bounds can be false.
     estimate_by_ascent       gradient ascent towards the worst v: a supremum seen from below, but of the right size.
-    estimate_by_calibration  the smallest modulus t eps^q whose bounds are false for a share alpha of images at
-                             most, by conformal prediction from adversarial distances of held-out images.
+    estimate_by_calibration  the smallest t eps^q whose bounds are false for a share alpha of images at most.
 
 None certifies an image: hold every bound against distances that attacks found (`violations`), and print the two
 together.  The only certificate here, `certify_smoothing`, is one of the smoothed classifier.
@@ -23,8 +21,8 @@ Two losses.  "probabilities" is the paper's, in [-1, 1]; its gradient vanishes w
 refuse it when more than 1 % of the gradients are exactly zero.  "logits" is the same difference before the softmax: as
 valid, since only the sign counts, nearer to linear, and no bound changes when logits are multiplied by a constant.
 
-Estimate on held-out images: on training images the loss is saturated, and everything looks smaller.  Labels may
-be the model's own predictions; the bounds are then on the distance to another prediction.
+Estimate on held-out images: on training images everything looks smaller.  Labels may be the model's own predictions;
+the bounds are then on the distance to another prediction.
 """
 
 import copy
@@ -146,7 +144,7 @@ class Estimate(NamedTuple):
 def lipschitz_bound(margins: Margins, estimate: Estimate) -> Tensor:
     """The L-bound of Prop. 2.2 (N,), in units of the images: as true as estimate.lipschitz; 0 if misclassified.
 
-    Raises ValueError for masked gradients, and for an estimate of another norm, topk or loss, or of more rivals.
+    Raises ValueError for masked gradients, and for an estimate that was made for other margins.
     """
     _check_match(margins, estimate)
     return ((-margins.losses).clamp_min(0) / estimate.lipschitz).amin(1)
@@ -261,9 +259,8 @@ def estimate_by_sampling(
     """The paper's estimate, a quantile of fitted batch maxima: NOT an upper bound, often far below the truth.
 
     L and omega are what the GEV fitted to `sample_maxima` (blocks, 1 + K) at the radii eps (K,) exceeds with
-    probability p, or the largest value seen.  GEV, likelihood and p are the paper's words; the law of v, and 100 blocks
-    of 64, are our reading of one sentence.  Another draw gives another omega, and another share of false bounds: look
-    at several.  Raises ValueError for fewer than 5 blocks.
+    probability p, or the largest value seen.  GEV, likelihood and p are the paper's words; the law of v and the size of
+    a block are our reading of them.  Another draw gives another share of false bounds.  ValueError for too few blocks.
     """
     if not 0 < p < 1:
         raise ValueError(f"0 < p < 1 is needed, not {p}")
@@ -362,12 +359,10 @@ def default_radii(
 ) -> Tensor:
     """Radii (count,), geometric, from 1/20 of to 4 times the median distance to where the linearised margin is 0."""
     m = margins(model, images, labels, norm=norm, topk=topk)
-    reaches = (-m.losses / m.grad_norms)[m.losses < 0]
-    if not len(reaches):
-        raise ValueError(NOTHING)
-    median = reaches.median()
-    if median.isinf():
-        raise ValueError("half of the gradients of the margin or more are exactly zero: no radius follows")
+    median = (-m.losses / m.grad_norms)[m.losses < 0].median()  # NaN, of none
+    if not median < torch.inf:
+        masked = "half of the gradients of the margin or more are exactly zero: no radius follows"
+        raise ValueError(NOTHING if median.isnan() else masked)
     return median * torch.logspace(math.log10(1 / 20), math.log10(4), count).to(images)
 
 
@@ -451,10 +446,9 @@ class GEV(NamedTuple):
 
 
 def fit_gev(maxima) -> GEV:
-    """Maximum likelihood with xi >= -1; equivariant: the fit of a + b maxima is a + b times the fit.
+    """Maximum likelihood with xi >= -1, on the standardised sample; a point where all maxima are equal.
 
-    The sample is standardised first (scipy's genextreme.fit is not, and fails silently on small numbers); where all
-    are equal, the distribution is that point.  Raises ValueError for fewer than 5 maxima or a non-finite one.
+    (scipy's genextreme.fit fails silently on small numbers.)  ValueError for fewer than 5 maxima or a non-finite one.
     """
     maxima = np.sort(np.asarray(maxima, dtype=float))
     if maxima.ndim != 1 or len(maxima) < 5 or not np.isfinite(maxima).all():

@@ -94,10 +94,7 @@ class BranchBlock(nn.Module):
 
 
 def resnext34(classes: int, *, authors_head: bool = False) -> nn.Sequential:
-    """ResNeXt-34 (2x32), the paper's CIFAR-10 network: a 3x3 stem, three stages of five blocks, average, linear.
-
-    authors_head=True ends as the authors' network: batch normalization, a bias and a ReLU on the logits.
-    """
+    """ResNeXt-34 (2x32), the paper's CIFAR-10 network; the authors' has normalization and a ReLU on its logits."""
     layers = conv(3, 32)
     for channels in (32, 64, 128):
         if channels > 32:
@@ -114,9 +111,9 @@ def resnext34(classes: int, *, authors_head: bool = False) -> nn.Sequential:
 def resnet9(classes: int, width: int = 32) -> nn.Sequential:
     """The ResNet-9 of the DAWNBench entries (Page 2018) for a CPU: half as wide, its last stage a quarter as wide.
 
-    Eight convolutions of 3x3 and a linear layer: 612k weights, 72 million products for an image of 32x32.  Pooling
-    comes before normalization and activation: a quarter of their work is left, and where they increase the result is
-    the same.  The last layer sees an eighth of its input, or a large learning rate would saturate the loss at once.
+    612k weights, 72 million products for an image of 32x32.  Pooling comes before normalization and activation: a
+    quarter of their work is left, and where they increase the result is the same.  The last layer sees an eighth of
+    its input, or a large learning rate would saturate the loss at once.
     """
     a, b, c = width, 2 * width, 4 * width
     layers = [Normalize(CIFAR10_MEAN, CIFAR10_STD), *conv(3, a), *conv(a, b, pool=True)]
@@ -152,16 +149,12 @@ MODELS = {
     "resnext34-authors": lambda classes: resnext34(classes, authors_head=True),
     "resnet9": resnet9,
     "resnet9-narrow": lambda classes: resnet9(classes, width=16),
-    # The paper's ImageNet network; each block starts as the identity.
     "resnet50": lambda classes: from_torchvision("torchvision:resnet50", classes, zero_init_residual=True),
 }
 
 
 def build(name: str, *, classes: int, channels: int = 3, activation: str = "relu", seed: int = 0) -> nn.Module:
-    """The network `name`: images (N, channels, H, W) -> logits (N, classes).
-
-    Weights are drawn from torch's default generator; those of FILE.py:FACTORY depend on the seed.  Raises Unusable.
-    """
+    """The network `name`: images (N, channels, H, W) -> logits (N, classes); the seed is for FILE.py."""
     if activation not in ACTIVATIONS:
         raise Unusable(f"unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
     if is_file(name):
@@ -178,10 +171,7 @@ def build(name: str, *, classes: int, channels: int = 3, activation: str = "relu
 
 
 def with_activation(network: nn.Module, activation: str) -> nn.Module:
-    """The same network, changed in place, with `activation` for every ReLU, ReLU6 and LeakyReLU that is a module.
-
-    Raises Unusable where there is none.  What calls torch's relu function stays: `hidden_relus` counts it.
-    """
+    """The same network, with `activation` for every module that is a ReLU or one like it; Unusable without any."""
     kinds = nn.ReLU, nn.ReLU6, nn.LeakyReLU
     names = [name for name, m in network.named_modules(remove_duplicate=False) if isinstance(m, kinds)]
     if not names:
@@ -205,8 +195,7 @@ def hidden_relus(network: nn.Module, images: Tensor) -> int:
 def load(path: str | os.PathLike) -> nn.Module:
     """The trained network of a run directory or a checkpoint file, in evaluation mode, on the CPU.
 
-    That of FILE.py:FACTORY executes the file; what has changed in it is said before.  Raises Unusable where
-    `read_checkpoint` or `from_file` does, or where the weights do not fit the network.
+    FILE.py is executed; what has changed in it is said before.  Raises Unusable, also where weights do not fit.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
@@ -233,8 +222,7 @@ def from_config(config: dict[str, Any]) -> nn.Module:
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a state dict, by name: of a .pt, .pth or .safetensors file, or a run; on the CPU.
 
-    Dictionaries around it, with an epoch or an optimizer beside it, are looked through (WRAPPINGS).  Nothing in the
-    file is executed.  Raises Unusable where that would be needed, or where there are no weights.
+    Dictionaries around it (WRAPPINGS) are looked through.  Nothing in the file is executed: Unusable where it must be.
     """
     path, advice = resolve(Path(path)), "torch.save(network.state_dict(), 'weights.pt')"
     path = path / "checkpoint.pt" if path.is_dir() else path
@@ -265,9 +253,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def initialise(network: nn.Module, path: str | os.PathLike, *, classes: int, new_head: bool = False) -> list[str]:
     """Give the network the weights of `read_weights`, all of them; lines for the user on what was left out.
 
-    Prefixes that wrappers add (PREFIXES) and a normalization in front that the file does not have are seen through.
-    new_head: weights that differ in the number of classes alone, or lack in the file, keep what they are.  Raises
-    Unusable, with names and shapes, for anything else that does not fit, and for weights that are not finite.
+    PREFIXES, and a normalization in front that the file does not have, are seen through.  new_head: weights that differ
+    in the number of classes alone, or lack in the file, stay as they are.  Raises Unusable, with names and shapes, for
+    anything else that does not fit, and for weights that are not finite.
     """
     theirs, candidates, prefix = read_weights(path), [], ""
     while prefix is not None:
@@ -295,8 +283,8 @@ def initialise(network: nn.Module, path: str | os.PathLike, *, classes: int, new
 def from_release(path: str | os.PathLike) -> nn.Module:
     """The network in a CIFAR-10 checkpoint of the authors' release, as resnext34-authors, in evaluation mode.
 
-    github.com/cfinlay/tulip names the files (cifar10/fetch_model.py).  Their layers come in our order, tensors of two
-    or more dimensions and, apart, vectors; scales fixed at 1 are ours alone.  Raises Unusable for anything else.
+    github.com/cfinlay/tulip names the files.  Their kernels come in our order and, apart, their vectors; scales fixed
+    at 1 are ours alone.  Raises Unusable for anything else.
     """
     network, theirs = build("resnext34-authors", classes=10), read_weights(path)
     fixed = {name for name, weight in network.named_parameters() if not weight.requires_grad}
@@ -351,8 +339,7 @@ def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
             network = found = getattr(module, factory, None)
             if callable(found) and not isinstance(found, nn.Module):
                 torch.manual_seed(seed)
-                wanted = inspect.signature(found).parameters
-                network = found(**{name: classes for name in CLASSES if name in wanted})
+                network = found(**{n: classes for n in CLASSES if n in inspect.signature(found).parameters})
     finally:
         sys.argv = argv
         torch.set_default_dtype(dtype)
@@ -364,8 +351,7 @@ def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
         raise Unusable(f"{spec}: it gives a {type(network).__name__}; expected is a torch.nn.Module or what makes one")
     if any(map(is_lazy, [*network.parameters(), *network.buffers()])):
         raise Unusable(f"{spec}: it has lazy layers without weights; run one image through it in {factory}")
-    # A module of TorchScript has no requires_grad_ of its own.
-    return nn.Sequential(network) if isinstance(network, torch.jit.ScriptModule) else network
+    return nn.Sequential(network) if isinstance(network, torch.jit.ScriptModule) else network  # it lacks requires_grad_
 
 
 @contextlib.contextmanager
@@ -376,10 +362,8 @@ def one_line(what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, Unusable):
         raise
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if not FOREIGN.search(f.filename)]
-        said = " ".join(str(error).split())[:300]
-        line = ": ".join(filter(None, (what, type(error).__name__, said)))
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not FOREIGN.search(f.filename)]
+        line = ": ".join(filter(None, (what, type(error).__name__, " ".join(str(error).split())[:300])))
         if own:
             line += f" ({own[-1].filename}, line {own[-1].lineno})"
         elif "required positional argument" in line or "required keyword-only argument" in line:
@@ -392,8 +376,8 @@ def one_line(what: str) -> Iterator[None]:
 class Neighbours:
     """Imports as they would be under `python FILE.py`, where nobody has heard of this project.
 
-    A user's own `models`, `data` or `utils` come before ours and before those of another user's file; where there is
-    none of a name of ours it is ours, so that a file may `import models`.
+    A user's own `models` or `utils` come before ours and before those of another user's file.  Where there is none of a
+    name of ours it is ours, so that a file may `import models`.
     """
 
     opened: ClassVar[dict[Path, "Neighbours"]] = {}  # by file
@@ -406,7 +390,6 @@ class Neighbours:
         self.name = name.removesuffix(".__init__") if "." in name else f"{name}_py"  # random.py is no `random`
         self.path = [str(file.parent), str(root), *(entry for entry in sys.path if Path(entry).resolve() != HERE)]
         self.file, self.files, self.modules, self.ours = file, {file}, {}, {}
-        self.builtins = vars(builtins) | {"__import__": self.import_}
         self.names = set(OURS)  # and those of the user's modules
         if "." in name and not FOREIGN.search(str(file)):  # an installed package may have the same name
             self.names |= {other for other in sys.modules if other.partition(".")[0] == name.partition(".")[0]}
@@ -441,7 +424,7 @@ class Neighbours:
         if isinstance(spec.loader, machinery.SourceFileLoader):
             self.files.add(Path(place))
             module = ModuleType(name)
-            module.__builtins__ = self.builtins
+            module.__builtins__ = vars(builtins) | {"__import__": self.import_}
             spec.loader.create_module = lambda spec: module
         return spec
 
@@ -454,16 +437,13 @@ class Neighbours:
 
 
 def changed_since(config: dict[str, Any], run: Path) -> list[str]:
-    """A line for each file of a user's network that is not as it was when the run began, before it is executed.
-
-    Raises Unusable for a file in the run directory itself: what came with a run is data, and is never executed.
-    """
+    """A line for each file of a user's network that is not what it was; Unusable for one in the run: that is data."""
     file, was = parts(config["options"]["model"])[0], config.get("sources", {})
     if file and Path(file).resolve().is_relative_to(run.resolve()):
         raise Unusable(f"{file} lies in the run itself, from where nothing is executed: look at it, and move it away")
     now = {name: sha256(Path(name).read_bytes()).hexdigest() for name in was if os.path.isfile(name)}
-    how = {name: "has changed since this run began" if name in now else "is gone" for name in was}
-    return [f"{name} {how[name]}: {run}/{SOURCE} has what it was" for name in was if now.get(name) != was[name]]
+    how = {True: "has changed since this run began", False: "is gone"}
+    return [f"{n} {how[n in now]}: {run}/{SOURCE} has what it was" for n in was if now.get(n) != was[n]]
 
 
 def sources_of(name: str) -> dict[str, str]:
@@ -483,8 +463,8 @@ def source_of(name: str) -> bytes:
 def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None:
     """Raise Unusable, in one line that says how to wrap it, unless the network maps images to logits (N, classes).
 
-    Refused: a forward pass that raises or works in place (the images stay as they are); any other type, shape or dtype;
-    values that are not finite.  Returns a warning, in one line, for outputs that look like those of a softmax.
+    Refused are also values that are not finite, and a forward pass that raises or works in place (the images stay as
+    they are).  Returns a warning, in one line, for outputs that look like those of a softmax.
     """
     given, weights = images.clone(), next(network.parameters(), images)
     types = f"weights are {weights.dtype} on {weights.device}, images {images.dtype} on {images.device}"
