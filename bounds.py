@@ -111,24 +111,18 @@ def margins(
 
 
 def _tangent_ahead(loss_fn: LossFn, x, losses, norms, grads, norm: Norm) -> tuple[Tensor, Tensor]:
-    """What l is at x, by its tangent at the nearest point of a linearised boundary, and the norm of that (N, 1) each.
-
-    Where it says that x is misclassified, it says nothing of the distance, and is the nearest rival's column again.
-    """
+    """What l is at x (N, 1), by its tangent at the nearest point of a linearised boundary, and the norm of that."""
     reach, first = (-losses / norms).nan_to_num(0).clamp(0, math.sqrt(x[0].numel())).min(1, keepdim=True)
     grad = grads[first[:, 0], torch.arange(len(x), device=x.device)]
     point = (x + column(reach, x) * gradreg.steepest(grad, norm)).clamp(0, 1)
     there, slope = input_gradient(loss_fn, point)
     here = (there - (slope * (point - x)).flatten(1).sum(1))[:, None]
-    again, slope = here >= 0, dual_norm(slope, norm)[:, None]
+    again, slope = here >= 0, dual_norm(slope, norm)[:, None]  # misclassified, it says: then it tells no distance
     return losses.gather(1, first).where(again, here), norms.gather(1, first).where(again, slope)
 
 
 class Estimate(NamedTuple):
-    """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for one norm, topk and loss.
-
-    The bounds must be taken over `rivals` at least, and, with ahead, over the tangent ahead.
-    """
+    """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for margins such as it was made for."""
 
     method: str
     norm: Norm
@@ -137,7 +131,7 @@ class Estimate(NamedTuple):
     lipschitz: float
     eps: Tensor
     omega: Tensor
-    rivals: int = 1
+    rivals: int = 1  # at least so many
     ahead: bool = False
 
 
@@ -333,7 +327,7 @@ def estimate_by_calibration(
 
 
 class OmegaStatistics(NamedTuple):
-    """What a training run logs: omega (K floats), the mean and the largest gradient norm of the margin."""
+    """What a training run logs: omega (K floats), and gradient norms of the margin."""
 
     omega: list[float]
     grad_norm_mean: float
@@ -367,14 +361,12 @@ def default_radii(
 
 
 def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk: int) -> tuple[Model, Tensor, Tensor]:
-    """Model, images and radii (`default_radii` for None) of an estimate, checked, in the precision that it needs.
-
-    That is float64 where a radius is below 1e-2 in l2: the bracket of (5) cancels digits (float32: 40x off at 1e-4).
-    """
+    """Model, images and radii (`default_radii` for None) of an estimate, checked, in the precision that it needs."""
     _check(model, images, labels)
     eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else torch.as_tensor(eps).to(images)
     if not (len(eps) and eps[0] > 0 and eps[-1] < math.inf and (eps.diff() > 0).all()):
         raise ValueError(f"the radii must be positive, finite and increase, not {eps.tolist()}")
+    # The bracket of (5) cancels digits: at 1e-4 float32 is 40 times off.
     smallest = float(eps[0]) * (math.sqrt(images[0].numel()) if norm == "linf" else 1)
     if smallest >= 1e-2 or images.dtype == torch.float64:
         return model, images, eps

@@ -254,8 +254,7 @@ def initialise(network: nn.Module, path: str | os.PathLike, *, classes: int, new
     """Give the network the weights of `read_weights`, all of them; lines for the user on what was left out.
 
     PREFIXES, and a normalization in front that the file does not have, are seen through.  new_head: weights that differ
-    in the number of classes alone, or lack in the file, stay as they are.  Raises Unusable, with names and shapes, for
-    anything else that does not fit, and for weights that are not finite.
+    in the number of classes alone, or lack in the file, stay as they are.  Unusable, with names, for anything else.
     """
     theirs, candidates, prefix = read_weights(path), [], ""
     while prefix is not None:
@@ -283,8 +282,7 @@ def initialise(network: nn.Module, path: str | os.PathLike, *, classes: int, new
 def from_release(path: str | os.PathLike) -> nn.Module:
     """The network in a CIFAR-10 checkpoint of the authors' release, as resnext34-authors, in evaluation mode.
 
-    github.com/cfinlay/tulip names the files.  Their kernels come in our order and, apart, their vectors; scales fixed
-    at 1 are ours alone.  Raises Unusable for anything else.
+    github.com/cfinlay/tulip names the files.  Kernels come in our order and, apart, vectors; scales fixed at 1 do not.
     """
     network, theirs = build("resnext34-authors", classes=10), read_weights(path)
     fixed = {name for name, weight in network.named_parameters() if not weight.requires_grad}
