@@ -829,7 +829,8 @@ def add_bounds(measured: Measured, method: str, parts: list[Arrays], norm: str, 
             known, exponent = (margins_in(found), torch.from_numpy(found["distances"])), 2 if method == "ahead" else 1.5
             constants = bounds.estimate_by_calibration(*known, exponent=exponent)
         elif method == "sampling":
-            constants = bounds.fit_maxima(torch.from_numpy(found["maxima"]), torch.from_numpy(usable[0]["eps"]), **how)
+            some = torch.from_numpy(found["maxima"]), torch.from_numpy(usable[0]["eps"])
+            constants = bounds.estimate_by_sampling(*some, **how)
         else:  # the suprema are over images: the largest of the parts'
             eps, omega = torch.from_numpy(usable[0]["eps"]), torch.from_numpy(found["omega"]).amax(0)
             constants = bounds.Estimate("ascent", **how, lipschitz=found["lipschitz"].max(), eps=eps, omega=omega)

@@ -68,11 +68,19 @@ def split(seed: int) -> list[tuple[Tensor, Tensor]]:
     return [(images[rows], labels[rows]) for rows in order.split([len(order) - 900, 450, 450])]
 
 
+def sampled(model, images: Tensor, labels: Tensor, *, generator: torch.Generator, **how) -> bounds.Estimate:
+    """The paper's estimate, at the default radii; how: norm, loss."""
+    eps = bounds.default_radii(model, images, labels, norm=how["norm"])
+    return bounds.estimate_by_sampling(
+        bounds.sample_maxima(model, images, labels, eps=eps, generator=generator, **how), eps, **how
+    )
+
+
 def claims(model, calibration, check, distances: Tensor, norm: str, seed: int):
     """Every estimator's bounds on the checked images, and the calls it cost per calibration image."""
     generator, forwards = torch.Generator().manual_seed(seed), []
     for name, loss in (("sampling", "probabilities"), ("ascent", "probabilities"), ("ascent", "logits")):
-        estimate_by = bounds.estimate_by_sampling if name == "sampling" else bounds.estimate_by_ascent
+        estimate_by = sampled if name == "sampling" else bounds.estimate_by_ascent
         before = sum(forwards)
         with model.register_forward_hook(lambda *passed: forwards.append(len(passed[2]))):
             estimate = estimate_by(model, *calibration, norm=norm, loss=loss, generator=generator)
@@ -101,7 +109,7 @@ def redraws(model, calibration, check, distances: Tensor, norm: str, draws: int)
     """The sampled omega-bounds of one network, from estimates that differ in their random seed alone."""
     found = bounds.margins(model, *check, norm=norm, loss="probabilities")
     seeds = [torch.Generator().manual_seed(seed) for seed in range(draws)]
-    estimates = [bounds.estimate_by_sampling(model, *calibration, norm=norm, generator=seed) for seed in seeds]
+    estimates = [sampled(model, *calibration, norm=norm, generator=seed) for seed in seeds]
     return [bounds.violations(bounds.omega_bound(found, estimate), distances) for estimate in estimates]
 
 

@@ -1,7 +1,6 @@
 """Bounds against closed forms, exact distances and simulation; GEV fits; smoothing against its known radius."""
 
 import copy
-import dataclasses
 import math
 import re
 import types
@@ -97,6 +96,18 @@ class Counted(nn.Module):
         self.backwards += len(grad)
 
 
+def sampled_estimate(model, images, labels, *, norm, eps=None, loss="probabilities", p=1e-3, **sampling):
+    """The paper's estimate, with the radii chosen where there are none."""
+    eps = bounds.default_radii(model, images, labels, norm=norm) if eps is None else eps
+    maxima = bounds.sample_maxima(model, images, labels, norm=norm, eps=eps, loss=loss, **sampling)
+    return estimate_by_sampling(maxima, eps, norm=norm, loss=loss, p=p)
+
+
+def rows(found, index):
+    """The margins of some of the images."""
+    return found._replace(losses=found.losses[index], grad_norms=found.grad_norms[index])
+
+
 # --- losses and margins ------------------------------------------------------------------------------------
 
 
@@ -134,7 +145,6 @@ def test_margins_of_a_linear_network_are_those_of_its_weights(seed, norm, topk):
         torch.testing.assert_close(found.grad_norms[:, j], difference)
         gap = (logits.gather(1, rival[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
         torch.testing.assert_close(found.losses[:, j], gap)
-    assert torch.equal(found[3:5].losses, found.losses[3:5])
 
 
 class Changed(nn.Module):
@@ -225,7 +235,7 @@ def test_what_cannot_be_bounded_is_refused_in_one_line(model, images, labels, me
         lambda: margins(model, images, labels, norm="l2"),
         lambda: bounds.default_radii(model, images, labels, norm="l2"),
         lambda: estimate_by_ascent(model, images, labels, **how),
-        lambda: estimate_by_sampling(model, images, labels, block_size=len(labels) or 1, **how),
+        lambda: sampled_estimate(model, images, labels, block_size=len(labels) or 1, **how),
         lambda: omega_statistics(model, images, labels, **how),
     ]
     if "label" not in message and "int64" not in message and "gradient" not in message:
@@ -254,13 +264,12 @@ FOUND = bounds.Margins(-torch.ones(200, 1), torch.ones(200, 1), "l2", 1, "logits
             for eps in ([], [-0.1, 0.5], [0.0, 0.5], [0.5, 0.5], [0.5, 0.4], [0.1, math.nan], [0.1, math.inf])
         ],
         *[
-            (lambda how=how: estimate_by_sampling(*LINE[:3], norm="l2", eps=torch.ones(1), **how), message)
+            (lambda how=how: sampled_estimate(*LINE[:3], norm="l2", eps=torch.ones(1), **how), message)
             for how, message in (
                 ({"p": 0}, "0 < p < 1"), ({"p": 1.5}, "0 < p < 1"), ({"blocks": 0}, "blocks of one image"),
                 ({"block_size": 0}, "blocks of one image"), ({"blocks": 4}, "5 finite maxima"),
             )
         ],
-        (lambda: estimate_by_ascent(*LINE[:3], norm="l2", known=[LINE[1][:3]]), "known points must be like the images"),
         (lambda: margins(*LINE[:3], norm="l2", topk=2), "more than 2 classes"),
         (lambda: margins(*LINE[:3], norm="l2", topk=0), "more than 0 classes"),
         (lambda: margins(*LINE[:3], norm="l2", rivals=2), "more than 2 classes"),
@@ -285,7 +294,7 @@ def test_arguments_without_a_meaning_are_refused_in_one_line(call, message):
 
 def test_radii_do_not_follow_from_gradients_that_are_zero():
     model = Changed(LINE[0], images=lambda x: torch.where(torch.arange(40)[:, None] < 30, x.detach(), x)).eval()
-    with pytest.raises(bounds.MaskedGradientsError, match="half of the gradients"):
+    with pytest.raises(ValueError, match="half of the gradients"):
         bounds.default_radii(model, LINE[1], LINE[2], norm="l2")
 
 
@@ -399,7 +408,7 @@ def test_a_paraboloid_has_the_modulus_of_its_curvature(curvature):
     ascent = estimate_by_ascent(model, images, labels, norm="l2", eps=eps, steps=20, generator=generator())
     torch.testing.assert_close(ascent.omega, exact, rtol=1e-3, atol=0)
     assert (ascent.omega <= exact * (1 + 1e-4)).all()
-    sampled = estimate_by_sampling(
+    sampled = sampled_estimate(
         model, images, labels, norm="l2", eps=eps, loss="logits", blocks=30, generator=generator()
     )
     # Every bracket is curvature ||v||^2 / 2, and 64 points of a ball in 5 dimensions come close to its surface.
@@ -416,7 +425,7 @@ class Plateau(nn.Module):
         return torch.stack([torch.zeros_like(margin), margin], 1)
 
 
-def test_ascent_sees_what_random_and_known_points_show_it():
+def test_ascent_sees_what_random_points_show_it():
     images, labels, eps = torch.full((8, 1), 0.5), torch.zeros(8, dtype=torch.long), torch.tensor([0.1, 0.2, 0.4])
     settings = {"norm": "linf", "eps": eps, "steps": 5}
     blind = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, **settings)
@@ -425,12 +434,6 @@ def test_ascent_sees_what_random_and_known_points_show_it():
     random = estimate_by_ascent(Plateau().eval(), images, labels, generator=generator(), **settings)
     torch.testing.assert_close(random.omega, truth, rtol=1e-4, atol=0)
     assert random.lipschitz == pytest.approx(4 * (0.4 - 0.05) / 0.4, rel=1e-4)
-    points = torch.full((8, 1), 0.65)
-    known = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, known=[points], **settings)
-    torch.testing.assert_close(known.omega, truth, rtol=1e-4, atol=0)
-    settings["steps"] = 0  # the points themselves, and their rays from radius to radius
-    still = estimate_by_ascent(Plateau().eval(), images, labels, restarts=0, known=[points], **settings)
-    torch.testing.assert_close(still.omega, truth, rtol=1e-4, atol=0)
 
 
 def test_only_images_that_are_classified_correctly_enter_the_ascent():
@@ -506,23 +509,17 @@ def sandwich(lam, checked):
     network, (images, labels) = digits_mlp(0, lam), digits()
     calibration, check = slice(898, 1348), slice(1348, 1348 + checked)
     both = slice(898, check.stop)
-    attacked = attacks.smallest(network, images[both], labels[both], norm="linf", attacks=("fab",))
-    attack = attacked.distances
+    attack = attacks.smallest(network, images[both], labels[both], norm="linf", attacks=("fab",)).distances
     exact = exact_distances(network, images[check], labels[check], attack[450:])
-    ascent = estimate_by_ascent(
-        network, images[calibration], labels[calibration], norm="linf", known=[attacked.adversarial[:450]],
-        generator=generator(),
-    )  # fmt: skip
-    sampled = estimate_by_sampling(
-        network, images[calibration], labels[calibration], norm="linf", generator=generator()
-    )
+    ascent = estimate_by_ascent(network, images[calibration], labels[calibration], norm="linf", generator=generator())
+    sampled = sampled_estimate(network, images[calibration], labels[calibration], norm="linf", generator=generator())
     logits = margins(network, images, labels, norm="linf", rivals=3)
-    calibrated = estimate_by_calibration(logits[calibration], attack[:450])
+    calibrated = estimate_by_calibration(rows(logits, calibration), attack[:450])
     probabilities = margins(network, images[check], labels[check], norm="linf", loss="probabilities")
     claims = {
-        "ascent": omega_bound(logits[check], ascent),
-        "ascent L": lipschitz_bound(logits[check], ascent),
-        "calibration": omega_bound(logits[check], calibrated),
+        "ascent": omega_bound(rows(logits, check), ascent),
+        "ascent L": lipschitz_bound(rows(logits, check), ascent),
+        "calibration": omega_bound(rows(logits, check), calibrated),
         "sampling": omega_bound(probabilities, sampled),
     }
     return claims, exact, attack[450:]
@@ -554,12 +551,12 @@ def test_calibration_keeps_its_promise_over_exchangeable_draws():
         distances[::10] = 0
         distances[1::10] = torch.inf  # no adversarial image was found
         found = bounds.Margins(-gaps, grads, "l2", 1, "logits")
-        estimate = estimate_by_calibration(found[:n], distances[:n], alpha=alpha)
+        estimate = estimate_by_calibration(rows(found, slice(None, n)), distances[:n], alpha=alpha)
         row = []
         for bound in (omega_bound, lipschitz_bound):
-            own = violations(bound(found[:n], estimate), distances[:n])
+            own = violations(bound(rows(found, slice(None, n)), estimate), distances[:n])
             assert own.count <= 2  # floor(0.02 * 150) - 1, exactly the score's rank unless the grid helps
-            row.append(violations(bound(found[n:], estimate), distances[n:]).rate)
+            row.append(violations(bound(rows(found, slice(n, None)), estimate), distances[n:]).rate)
         counts.append(row)
     rates = np.array(counts)
     assert (rates.mean(0) <= alpha + 3 * rates.std(0) / math.sqrt(300)).all()
@@ -591,8 +588,6 @@ def test_the_tangent_ahead_of_a_linear_margin_is_its_own(seed, norm):
     found = margins(network, images, labels, norm=norm, ahead=True)
     torch.testing.assert_close(found.losses[:, 1], -gaps, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(found.grad_norms[:, 1], found.grad_norms[:, 0])
-    assert found[3:5].ahead
-    assert torch.equal(found[3:5].losses, found.losses[3:5])
 
 
 def test_the_tangent_ahead_of_a_paraboloid_is_that_of_the_closed_form_and_nearer_to_the_truth():
@@ -608,8 +603,8 @@ def test_the_tangent_ahead_of_a_paraboloid_is_that_of_the_closed_form_and_nearer
     exact, estimates = math.sqrt(2 * depth / curvature) - rho, -found.losses / found.grad_norms
     near, far = ((estimates[:, j] - exact).abs() for j in (1, 0))
     assert (near < far / 2).all()
-    estimate = estimate_by_calibration(found[:200], exact[:200], exponent=2)
-    assert (omega_bound(found[200:], estimate) <= exact[200:] * (1 + 1e-3)).all()
+    estimate = estimate_by_calibration(rows(found, slice(None, 200)), exact[:200], exponent=2)
+    assert (omega_bound(rows(found, slice(200, None)), estimate) <= exact[200:] * (1 + 1e-3)).all()
     labels = torch.ones_like(labels)  # misclassified: the bound stays 0
     assert (omega_bound(margins(model, images, labels, norm="l2", ahead=True), estimate) == 0).all()
 
@@ -638,7 +633,7 @@ def test_the_tangent_ahead_costs_a_pass_each_way_and_only_its_own_estimate_asks_
     distances = (-found.losses / found.grad_norms)[:, 0]
     more, fewer = (estimate_by_calibration(which, distances) for which in (found, plain))
     torch.testing.assert_close(omega_bound(found, fewer), omega_bound(plain, fewer))
-    other = dataclasses.replace(found, ahead=False)  # as many columns, of other things
+    other = found._replace(ahead=False)  # as many columns, of other things
     with pytest.raises(ValueError, match="with the tangent ahead"):
         omega_bound(other, more)
 
@@ -676,10 +671,10 @@ def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_prob
         torch.testing.assert_close(plain, times_100, rtol=1e-5, atol=1e-9)
     single = scaled.float(), images.float(), labels
     masked = margins(*single, norm="linf", loss="probabilities")
-    assert masked.zero_gradients > 0.5
-    sampled = estimate_by_sampling(*single, norm="linf", blocks=10, generator=generator())
+    assert (masked.grad_norms == 0).double().mean() > 0.5
+    sampled = sampled_estimate(*single, norm="linf", blocks=10, generator=generator())
     for bound in (lipschitz_bound, omega_bound):
-        with pytest.raises(bounds.MaskedGradientsError, match="exactly zero"):
+        with pytest.raises(ValueError, match="exactly zero"):
             bound(masked, sampled)
 
 
@@ -792,26 +787,29 @@ def test_a_bound_costs_one_forward_and_one_backward_per_image():
 
 def test_sampling_reports_the_fitted_quantile_beyond_what_it_saw():
     network, (images, labels) = digits_mlp(0), digits()
-    sampled = estimate_by_sampling(network, images, labels, norm="linf", blocks=20, p=1e-3, generator=generator())
-    levels = np.array([gev.level(1e-3) for gev in sampled.gevs])
+    sampled = sampled_estimate(network, images, labels, norm="linf", blocks=20, p=1e-3, generator=generator())
+    maxima = bounds.sample_maxima(
+        network, images, labels, norm="linf", eps=sampled.eps, blocks=20, generator=generator()
+    )
+    levels = np.array([max(fit_gev(column).quantile(1e-3), column.max()) for column in maxima.double().T.numpy()])
     np.testing.assert_allclose([sampled.lipschitz, *sampled.omega], levels, rtol=1e-5)
-    assert levels[0] > sampled.gevs[0].maxima[-1]
-    assert len(sampled.gevs[0].maxima) == 20
+    assert maxima.shape == (20, 25)
+    assert levels[0] > maxima[:, 0].max()
 
 
 def test_estimates_cost_what_their_documentation_says():
     network, images, labels, _, _ = two_class_line(0)
     model, eps = Counted(network).eval(), torch.tensor([0.1, 0.2, 0.3])
     how = {"norm": "l2", "eps": eps, "generator": generator()}
-    estimate_by_ascent(model, images, labels, known=[images], restarts=2, steps=4, batch_size=16, **how)
-    assert model.forwards == 40 * (3 * (1 + 2 + 1) * (4 + 1) + 1)
+    estimate_by_ascent(model, images, labels, restarts=2, steps=4, batch_size=16, **how)
+    assert model.forwards == 40 * (3 * (1 + 2) * (4 + 1) + 1)
     model.forwards = model.backwards = 0
-    estimate_by_sampling(model, images, labels, blocks=6, block_size=8, **how)
+    sampled_estimate(model, images, labels, blocks=6, block_size=8, **how)
     assert (model.forwards, model.backwards) == (6 * 8 * (3 + 1), 6 * 8)
 
 
-def test_loops_do_not_wait_for_their_device():
-    """Whatever looks at a number makes a GPU finish all it has been given: in a loop, at most once a step."""
+def test_loops_wait_for_their_device_once_a_pass():
+    """Whatever looks at a number makes a GPU finish all it has been given: in a loop, at most once for a pass."""
     network, images, labels, _, _ = two_class_line(0)
     eps, how = torch.tensor([0.1, 0.2]), {"norm": "l2", "generator": generator()}
     three = Changed(network, with_class(-5.0)).eval()
@@ -822,15 +820,15 @@ def test_loops_do_not_wait_for_their_device():
         return seen.count
 
     few, many = (looks(estimate_by_ascent, network, images, labels, eps=eps, steps=k, **how) for k in (2, 12))
-    passes = 2 * 2 * 10  # radii, starts, steps
-    assert few <= many <= few + passes
-    few, many = (looks(estimate_by_sampling, network, images, labels, eps=eps, blocks=k, **how) for k in (6, 12))
-    assert few == many
+    passes = 2 * 2 * 10  # radii, starts, steps: each a pass and a projection
+    assert few <= many <= few + 2 * passes
+    few, many = (looks(sampled_estimate, network, images, labels, eps=eps, blocks=k, **how) for k in (6, 12))
+    assert many <= few + 6 * (2 + 1)
     few, many = (looks(margins, three, images, labels, norm="l2", rivals=2, batch_size=k) for k in (40, 5))
-    assert few == many
+    assert many <= few + 7 * 2
     smoothing = {"sigma": 0.5, "n": 40, "generator": generator()}
     few, many = (looks(certify_smoothing, network, images[:k], batch_size=40 // k, **smoothing) for k in (1, 4))
-    assert few == many
+    assert many <= few + (1 + 4) * 4 * 10
 
 
 def test_looks_at_numbers_are_counted():
@@ -863,7 +861,6 @@ def test_gev_fit_agrees_with_published_values():
     assert (gev.loc, gev.scale, gev.xi) == pytest.approx((3.8747, 0.1980, -0.0501), abs=5e-4)
     assert scipy.stats.genextreme.logpdf(PORT_PIRIE, -gev.xi, gev.loc, gev.scale).sum() == pytest.approx(4.34, abs=5e-3)
     assert gev.quantile(0.01) == pytest.approx(4.69, abs=5e-3)
-    assert gev.status == "ok"
 
 
 def tails(low, high):
@@ -890,7 +887,7 @@ def test_no_search_of_scipys_likelihood_finds_better(seed, xi, n):
 
 @given(tails(-0.9, 0.9), st.floats(1e-4, 0.5))
 def test_gev_quantiles_are_scipys(xi, p):
-    gev = bounds.GEV(xi, 1.5, 0.3, np.array([0.0]), "ok")
+    gev = bounds.GEV(xi, 1.5, 0.3)
     reference = scipy.stats.genextreme(-xi, 1.5, 0.3)
     assert float(gev.quantile(p)) == pytest.approx(reference.isf(p), rel=1e-6)
 
@@ -912,17 +909,17 @@ def test_heavy_and_bounded_tails_have_the_textbooks_sign(seed):
 
 
 @pytest.mark.parametrize(
-    ("sample", "status"),
+    "sample",
     [
-        ([0.3] * 20, "constant"),
-        ([0.0] * 20, "constant"),
-        ([1.0, 2.0, 2.5, 4.0, 5.0], "ok"),
-        ([1e-3] * 10 + [2e-3] * 10, "capped"),
-        (np.minimum(draw_gev(0.0, 100, 0), 1.0), "capped"),
-        ([0.1] * 99 + [5.0], "ok"),
-        (np.round(draw_gev(0.0, 100, 1), 1), "ok"),
-        (np.append(draw_gev(-0.2, 99, 2), 100.0), "ok"),
-        (np.linspace(0, 1, 50) ** 0.2, "limit"),
+        [0.3] * 20,
+        [0.0] * 20,
+        [1.0, 2.0, 2.5, 4.0, 5.0],
+        [1e-3] * 10 + [2e-3] * 10,
+        np.minimum(draw_gev(0.0, 100, 0), 1.0),
+        [0.1] * 99 + [5.0],
+        np.round(draw_gev(0.0, 100, 1), 1),
+        np.append(draw_gev(-0.2, 99, 2), 100.0),
+        np.linspace(0, 1, 50) ** 0.2,
     ],
     ids=[
         "constant",
@@ -936,14 +933,16 @@ def test_heavy_and_bounded_tails_have_the_textbooks_sign(seed):
         "limit",
     ],
 )
-def test_awkward_samples_are_named_and_never_give_less_than_their_maximum(sample, status):
+def test_awkward_samples_never_give_less_than_their_maximum(sample):
     gev = fit_gev(sample)
     assert math.isfinite(gev.xi + gev.loc + gev.scale)
     assert gev.xi >= -1
-    assert gev.status == status
+    column = torch.as_tensor(np.array(sample))[:, None].expand(-1, 2)
     for p in (0.5, 0.01, 0.001):
-        assert math.isfinite(gev.level(p))
-        assert gev.level(p) >= np.max(sample)
+        found = estimate_by_sampling(column, torch.ones(1), norm="l2", p=p)
+        assert math.isfinite(found.lipschitz)
+        assert found.lipschitz >= np.max(sample)
+        assert found.omega.tolist() == pytest.approx([found.lipschitz])
 
 
 def test_gev_refuses_too_little_or_nonsense():
