@@ -1,9 +1,8 @@
 """Section 4: the data.  Images with pixels in [0, 1], and every batch a pure function of (seed, epoch, step).
 
-    digits    scikit-learn's 8x8 digits: nothing to download
-    cifar10   torchvision's layout (downloaded if absent), or a folder as below
-    imagenet  a folder as below
-    FOLDER    FOLDER/train/<class>/*, and FOLDER/test/<class>/* or FOLDER/val/<class>/*
+    digits             scikit-learn's 8x8 digits: nothing to download
+    cifar10            torchvision's layout (downloaded if absent), or a folder of images
+    imagenet, FOLDER   a folder of images: train/<class>/* in it, and test/<class>/* or val/<class>/*
 
 Small images of one size live in memory as uint8 and are augmented a batch at a time; others are decoded by threads.
 In both cases the order of an epoch depends on (seed, epoch) alone, and the augmentation of an image on (seed,
@@ -37,29 +36,18 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images of one size up to this are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
 PARTS = {"train", "test", "val"}
+DataError = Unusable  # of data that is missing or cannot be used
 EXPECTED = "expected train/<class>/*, and test/ or val/ beside it (train.py keeps a share of train/ with --split 0.2)"
 
 Batch = tuple[Tensor, Tensor]  # images in [0, 1], labels
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 Place = str | os.PathLike | None
-Stop = Callable[[], bool] | None  # asked once a second while nothing comes, whether to wait no longer
 Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise DataError
 
 warnings.filterwarnings("ignore", module="PIL")  # on metadata
 
 
-class DataError(Unusable):
-    """Data that is missing or cannot be used; the message is one line and says what to do."""
-
-
-# --- chance without state ---------------------------------------------------------------------------------
-
-
 def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), (len(indices), count): row i depends on (seed, epoch, indices[i]) alone.
-
-    SplitMix64 (Steele, Lea & Flood 2014) used as a hash of the counter, as in Salmon et al. (2011).
-    """
+    """Uniform numbers in [0, 1), (len(indices), count): row i depends on (seed, epoch, indices[i]) alone."""
     key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
     rows = _mix(key ^ np.asarray(indices, dtype=np.uint64))
     counters = rows[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -67,6 +55,7 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarr
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea & Flood 2014), used as a hash of a counter, as in Salmon et al. (2011)."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -94,10 +83,7 @@ def augment(images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 12
     padded = pad(images, (border,) * 4, **({"mode": "reflect"} if fill is None else {"value": fill}))
     image = torch.arange(len(images), device=u.device)[:, None, None]
     images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float()
-    if not cutout:
-        return images
-    even = cutout % 2 == 0
-    top, left = ((u[:, [k]] * (len(line) + even)).long() - cutout // 2 for k, line in ((3, y), (4, x)))
+    top, left = ((u[:, [k]] * (len(line) + 1 - cutout % 2)).long() - cutout // 2 for k, line in ((3, y), (4, x)))
     mask = ((y >= top) & (y < top + cutout))[:, None, :, None] & ((x >= left) & (x < left + cutout))[:, None, None]
     mean = (images * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
     return torch.where(mask, mean, images)
@@ -118,15 +104,14 @@ def eight_bits(image: Image.Image, channels: int = 3) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         tags = getattr(image, "tag_v2", {})  # of TIFF: 258 bits of a sample, perhaps 12; 262 whether 0 is white
         pixels = np.asarray(image) / (2 ** tags.get(258, (16,))[0] - 1)
-        pixels = 1 - pixels if tags.get(262) == 0 else pixels
-        image = Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+        image = Image.fromarray(np.rint(255 * (pixels if tags.get(262, 1) else 1 - pixels)).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"the numbers of PIL's mode {image.mode} have no defined range: store 8 or 16 bits")
     return image.convert("RGB" if channels == 3 else "L")
 
 
-def random_box(width: int, height: int, min_scale: float, u: np.ndarray) -> Box:
-    """A box of min_scale to 1 times the image's area, of aspect ratio 3/4 to 4/3, clipped to the image."""
+def random_box(width: int, height: int, min_scale: float, u: np.ndarray) -> tuple[float, ...]:
+    """Left, top, right, bottom of min_scale to 1 times the image's area; aspect ratio 3/4 to 4/3, then clipped."""
     area = width * height * (min_scale + (1 - min_scale) * u[0])
     ratio = (3 / 4) ** (1 - 2 * u[1])
     w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)
@@ -134,13 +119,7 @@ def random_box(width: int, height: int, min_scale: float, u: np.ndarray) -> Box:
     return left, top, left + w, top + h
 
 
-def centre_box(width: int, height: int) -> Box:
-    """The central square, its side 7/8 of the image's short side: what "resize to 256, crop 224" shows."""
-    x, y, half = width / 2, height / 2, min(width, height) * 7 / 16
-    return x - half, y - half, x + half, y + half
-
-
-def crop(image: Image.Image, box: Box, size: int, channels: int = 3) -> Image.Image:
+def crop(image: Image.Image, box: tuple[float, ...], size: int, channels: int = 3) -> Image.Image:
     """The box of the image, resized to a square.  JPEG is decoded no larger than that needs."""
     width, height = image.size
     scale = max(size / (box[2] - box[0]), size / (box[3] - box[1]))
@@ -175,8 +154,7 @@ class InMemory:
         where = torch.from_numpy(indices).to(self.images.device)
         images = self.images[where]
         if self.augmented:
-            # Column 0 ordered the epoch; the augmentation has the others to itself.
-            u = torch.from_numpy(uniforms(seed, epoch, indices, 6)[:, 1:]).to(images.device)
+            u = torch.from_numpy(uniforms(seed, epoch, indices, 6)[:, 1:]).to(images.device)  # column 0 is `order`'s
             images = augment(images, u) if self.cutout else augment(images, u, fill=None, cutout=0)
         return images, self.labels[where], []
 
@@ -230,15 +208,17 @@ class Files:
                     problems.append(str(error))
             else:
                 if self.train:
-                    reason = f"nor is any of the {tries - 1} images after it: is the disk there?"
-                    raise DataError(f"{problems[-tries]}; {reason}")
+                    others = f"nor is any of the {tries - 1} images after it"
+                    raise DataError(f"{problems[-tries]}; {others}: is the disk there?")
         images = torch.from_numpy(pixels[: len(shown)]).permute(0, 3, 1, 2)
         # From pinned memory the way to a GPU goes on beside the work.
         return images.pin_memory() if torch.cuda.is_available() else images, self.labels[shown], problems
 
     def _image(self, path: Path, u: np.ndarray) -> np.ndarray:
         with open_image(path) as image:
-            box = random_box(*image.size, self.min_scale, u) if self.train else centre_box(*image.size)
+            (w, h), half = image.size, min(image.size) * 224 / 256 / 2  # what "resize to 256, crop 224" shows
+            centre = w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half
+            box = random_box(w, h, self.min_scale, u) if self.train else centre
             pixels = np.asarray(crop(image, box, self.size, self.channels)).reshape(self.size, self.size, -1)
         return pixels[:, ::-1] if self.train and u[4] < 0.5 else pixels
 
@@ -262,7 +242,6 @@ class Data:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the user, on what is odd about the folders."""
         return [*self.train.notes, *self.test.notes]
 
     @property
@@ -299,34 +278,36 @@ def _files(folder: str, inside: str = "") -> Iterator[str]:
             yield inside + entry.name
 
 
-def list_images(root: Path, *parts: str, classes: Sequence[str] = (), channels: int = 3) -> Files:
+def list_images(
+    root: Path, *parts: str, classes: Sequence[str] = (), channels: int = 3, split: float = 0, kept: bool = False
+) -> Files:
     """All images in the class folders of a part, and in folders inside these, as torchvision's ImageFolder.
 
-    But what is hidden (.DS_Store, ._x.png) is no image and no class.  Labels count in `classes`, or else in the part's
-    own folders; the part is the first that has one of these: ImageNet's own test/ has none.  Raises DataError.
+    What is hidden is no image and no class.  Labels count in `classes`, or else in the part's own folders; the part is
+    the first that has one of these (ImageNet's own test/ has none).  The share `split`, a fixed function of each name,
+    is left out, or, if `kept`, the others.  Raises DataError.
     """
     there = [root / part for part in parts if (root / part).is_dir()]
     if not there:
         raise DataError(f"{root}: no folder {' or '.join(parts)} in it; {EXPECTED}")
     part = next((part for part in there if {*_folders(part)} & {*(classes or _folders(part))}), there[0])
     own, names, passed = _folders(part), [], []
-    try:
-        for name in _files(str(part)):
-            image = "/" in name and "/." not in name and name.lower().endswith(EXTENSIONS)
-            (names if image else passed).append(name)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    if not names:
-        raise DataError(f"{part}: no images in its class folders; known kinds are {' '.join(EXTENSIONS)}")
-    if len(classes or own) < 2:
-        raise DataError(f"{part}: {len(own)} class folders in it; expected at least 2")
+    for name in _files(str(part)):
+        image = "/" in name and "/." not in name and name.lower().endswith(EXTENSIONS)
+        (names if image else passed).append(name)
+    if not names or len(classes or own) < 2:
+        found = f"{len(names)} images in {len(own)} class folders"
+        raise DataError(f"{part}: {found}; expected at least 2, with images of these kinds: {' '.join(EXTENSIONS)}")
     used = [name.split("/")[0] for name in names]
     odd = {"passed over as no images of a class": passed, "class folders without images": sorted({*own} - {*used})}
     notes = [one_line(f"{part}: {len(some)} {what} ({', '.join(some[:3])})") for what, some in odd.items() if some]
     if part != there[0]:
         notes.append(f"{there[0]}: passed over, since it has no folders of the classes, unlike {part}")
-    labels = labels_of(used, own, classes or own, part)
-    return Files(part, np.array(names), labels, classes or own, channels, notes=notes)
+    marks = np.array([zlib.crc32(os.fsencode(os.path.splitext(name)[0])) for name in names])
+    if not (which := (marks < split * 2**32) == kept).any():
+        raise DataError(f"{part}: --split {split} leaves no image for {'testing' if kept else 'training'}")
+    labels, classes = labels_of(used, own, classes or own, part)[which], classes or own
+    return Files(part, np.array(names)[which], labels, classes, channels, notes=notes)
 
 
 def labels_of(names: Sequence[str], own: Sequence[str], classes: Sequence[str], where: str | Path) -> Tensor:
@@ -345,26 +326,12 @@ def check_split(name: str, split: float) -> float:
     return split
 
 
-def _share(files: Files, split: float, *, kept: bool) -> Files:
-    """The images that are kept for testing, or the others: a fixed function of each name, whatever else there is."""
-    stems = [os.fsencode(os.path.splitext(name)[0]) for name in files.names.tolist()]
-    which = (np.array([zlib.crc32(stem) for stem in stems]) < split * 2**32) == kept
-    if not which.any():
-        raise DataError(f"{files.root}: --split {split} leaves no image for {'testing' if kept else 'training'}")
-    return files.chosen(which)
-
-
 def held_out(root: Path, channels: int = 3, classes: Sequence[str] = (), split: float = 0) -> Files:
-    """The images of test/ or val/, or the share `split` of train/ where there is neither.
-
-    Labelled by `classes`, or else by those of train/, or else by their own.  Raises DataError.
-    """
-    how = {"classes": classes or _folders(root / "train"), "channels": channels}
-    if not split:
-        return list_images(root, "test", "val", **how)
-    for part in {"test", "val"} & {*_folders(root)}:
+    """The images of test/ or val/, or the share `split` of train/; labels by `classes`, or train/'s, or their own."""
+    for part in {"test", "val"} & {*_folders(root)} if split else ():
         raise DataError(f"{root / part}: is there, so no training images need be kept for testing: leave out --split")
-    return _share(list_images(root, "train", **how), split, kept=True)
+    how = {"classes": classes or _folders(root / "train"), "channels": channels, "split": split, "kept": split > 0}
+    return list_images(root, *(["train"] if split else ["test", "val"]), **how)
 
 
 def _held(*parts: Files) -> Sequence[Source]:
@@ -376,14 +343,13 @@ def _held(*parts: Files) -> Sequence[Source]:
 
     def decode(path: Path) -> np.ndarray | None:
         with open_image(path) as image:
-            same = image.size == first.size
-            return np.asarray(eight_bits(image, shape[2])).reshape(shape) if same else None
+            return np.asarray(eight_bits(image, shape[2])).reshape(shape) if image.size == first.size else None
 
     paths = [files.path(i) for files in parts for i in range(len(files))]
     some = [paths[i : i + 100] for i in range(0, len(paths), 100)]
-    found = in_threads(lambda few: list(map(decode, few)), some, min(8, os.cpu_count() or 1))
-    pixels = [image for few in found for image in few]
-    if any(image is None for image in pixels):
+    decoded = in_threads(lambda few: list(map(decode, few)), some, min(8, os.cpu_count() or 1))
+    pixels = [x for few in decoded for x in few]
+    if any(x is None for x in pixels):
         return parts
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().split([len(f) for f in parts])
     return [InMemory(x, f.labels, augmented=f.train, notes=f.notes) for x, f in zip(images, parts, strict=True)]
@@ -401,8 +367,7 @@ def place(name: str, data_dir: Place = None) -> Path:
         missing = f"{root}: no such folder" if data_dir or os.sep in name else f"unknown data set {name!r}"
         known = f"a data set is {', '.join(NAMES)}, or the path of an image folder"
         raise DataError(f"{missing}; {known}; where it has moved, --data-dir names the place")
-    instead = "; --data-dir names another place" * (name in NAMES)
-    raise DataError(f"{root}: no folder train in it; {EXPECTED}{instead}")
+    raise DataError(f"{root}: no folder train in it; {EXPECTED}" + "; --data-dir names another place" * (name in NAMES))
 
 
 def stored_place(options: dict[str, Any]) -> Path | None:
@@ -420,9 +385,8 @@ def load(name: str, data_dir: Place = None, *, subset: int | None = None, channe
     if name == "digits" or not PARTS & {*_folders(root)}:
         loaded = digits() if name == "digits" else cifar10(root)
     else:
-        train, test = list_images(root, "train", channels=channels), held_out(root, channels, split=split)
-        train = replace(_share(train, split, kept=False) if split else train, train=True)
-        loaded = Data(train, test, train.classes, channels)
+        train = replace(list_images(root, "train", channels=channels, split=split), train=True)
+        loaded = Data(train, held_out(root, channels, split=split), train.classes, channels)
     parts = [s.chosen(np.sort(order(len(s), seed=0, epoch=1)[:subset])) for s in (loaded.train, loaded.test)]
     train, test = parts if loaded.small else _held(*parts)
     return replace(loaded, train=train, test=test)
@@ -452,8 +416,7 @@ def digits() -> Data:
     bunch = load_digits()
     whole = InMemory(torch.from_numpy(bunch.images.astype(np.uint8))[:, None], torch.from_numpy(bunch.target), 16)
     shuffled = order(len(whole), seed=0, epoch=0)
-    train, test = whole.chosen(shuffled[:1000]), whole.chosen(shuffled[1000:])
-    return Data(train, test, [str(i) for i in range(10)], channels=1)
+    return Data(whole.chosen(shuffled[:1000]), whole.chosen(shuffled[1000:]), [str(i) for i in range(10)], channels=1)
 
 
 def cifar10(root: Path) -> Data:
@@ -461,11 +424,9 @@ def cifar10(root: Path) -> Data:
     from torchvision.datasets import CIFAR10
 
     try:
-        download = not (root / CIFAR10.base_folder).is_dir()
-        parts = [CIFAR10(root, train=train, download=download) for train in (True, False)]
+        parts = [CIFAR10(root, train=t, download=not (root / CIFAR10.base_folder).is_dir()) for t in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        reason = str(error).split(". ")[0]
-        layout = f"{CIFAR10.base_folder} inside it, or train/<class>/* and test/<class>/*"
+        reason, layout = str(error).split(". ")[0], f"{CIFAR10.base_folder}, or train/<class>/* and test/<class>/*"
         raise DataError(f"--data-dir {root}: no usable CIFAR-10 ({reason}); it should hold {layout}") from None
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (InMemory(x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
@@ -475,13 +436,12 @@ def cifar10(root: Path) -> Data:
 # --- batches ----------------------------------------------------------------------------------------------
 
 
-def in_threads(function: Callable, items: Iterable, workers: int = 0, stop: Stop = None) -> Iterator:
+def in_threads(function: Callable, items: Iterable, workers: int = 0, stop: Callable | None = None) -> Iterator:
     """function(item) for every item, in order, from `workers` threads that work ahead (0: from this one).
 
     While waiting, `stop` is asked once a second whether to end here.  Raises what the function raises.
     """
-    # Pillow leaves Python's lock to others while it decodes, resizes and encodes: of the 0.74 ms of an image 0.09 are
-    # Python's.  So threads do what processes do, and none is killed, left behind, or short of shared memory.
+    # Pillow leaves Python's lock to others while it decodes and resizes: threads do what processes would.
     if not workers:
         yield from map(function, items)
         return
