@@ -195,9 +195,9 @@ class Files:
         Such a one is left out; if `train`, the next readable one takes its place, with its own label and the crop and
         flip that were drawn for the place (so it is not seen twice alike).  DataError after TRIES in a row.
         """
-        tries = min(TRIES, len(self)) if self.train else 1
+        tries, shown, problems = min(TRIES, len(self)) if self.train else 1, [], []
+        lost = f"nor is any of the {tries - 1} images after it: is the disk there?"
         pixels = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
-        shown, problems = [], []
         for index, u in zip(indices, uniforms(seed, epoch, indices, 6)[:, 1:], strict=True):
             for i in (index + np.arange(tries)) % len(self):
                 try:
@@ -208,10 +208,8 @@ class Files:
                     problems.append(str(error))
             else:
                 if self.train:
-                    others = f"nor is any of the {tries - 1} images after it"
-                    raise DataError(f"{problems[-tries]}; {others}: is the disk there?")
-        images = torch.from_numpy(pixels[: len(shown)]).permute(0, 3, 1, 2)
-        # From pinned memory the way to a GPU goes on beside the work.
+                    raise DataError(f"{problems[-tries]}; {lost}")
+        images = torch.from_numpy(pixels[: len(shown)]).permute(0, 3, 1, 2)  # pinned, it travels beside the work
         return images.pin_memory() if torch.cuda.is_available() else images, self.labels[shown], problems
 
     def _image(self, path: Path, u: np.ndarray) -> np.ndarray:
