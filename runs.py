@@ -1,7 +1,6 @@
 """What a long run needs and the paper does not mention: processes, files, checkpoints, signals, errors in one line.
 
-train.py and evaluate.py both stand on it; they never import each other and meet in the run directory, which
-docs/run-directory.md documents file by file and field by field.
+train.py and evaluate.py both stand on it, and meet in the run directory, which docs/run-directory.md documents.
 """
 
 import fcntl
@@ -19,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -34,8 +33,9 @@ from torch import Tensor, nn
 HEARTBEAT = 2.0  # seconds between two updates of status.json
 DYING, RESTARTED = 5.0, 60.0  # seconds to wait for a run's lock: its process may be ending; after torchrun's restart
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
-# gloo's words for a lost process
 LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
+
+resolve = Path.resolve  # of a run: `latest` is a link
 
 
 # --- errors, in one line ----------------------------------------------------------------------------------
@@ -49,16 +49,13 @@ def one_line(text: str) -> str:
 class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
 
-    def __init__(self, message: str, code: int = 1):
+    def __init__(self, message: str, code: int | None = None):
         super().__init__(one_line(message))
-        self.code = code
+        self.code = code or (2 if isinstance(self, Unusable) else 1)
 
 
 class Unusable(Failure, ValueError):
     """Bad input: a file, a folder, a value that cannot be used.  The message is one line and says what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(message, 2)
 
 
 def explain(error: BaseException) -> tuple[str, int | None]:
@@ -93,8 +90,7 @@ def run_command(command: Callable[..., None]) -> int:
     """Run a typer command and return its exit code: whatever a user can cause ends in one line, not in a traceback."""
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # torch's own
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
-        stream = getattr(sys, name)
-        if stream and stream is getattr(sys, f"__{name}__"):  # else a test's
+        if (stream := getattr(sys, name)) and stream is getattr(sys, f"__{name}__"):  # else a test's
             setattr(sys, name, Screen(stream.buffer, stream.encoding, errors, line_buffering=True))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -105,12 +101,10 @@ def run_command(command: Callable[..., None]) -> int:
         if code is None:
             raise
         if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # All is written and closed.  Threads of torch have been seen to abort while the interpreter ends.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        print(end="", flush=True)
+        os._exit(code)  # all is written; threads of torch have been seen to abort while the interpreter ends
     return code
 
 
@@ -118,13 +112,15 @@ def run_command(command: Callable[..., None]) -> int:
 
 
 class World:
-    """The processes of a run, one or those that torchrun started, and this process's device."""
+    """The processes of a run, one or those that torchrun started, and this process's device.
+
+    `gather` gives each of them every one's value, `same` the main one's, `sum` and `max` elementwise sums and maxima.
+    """
 
     def __init__(self, device: str | None = None):
         self.rank, self.size = launched()
-        self.main = self.rank == 0
+        self.main, job = self.rank == 0, os.environ.get("TORCHELASTIC_RUN_ID")
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
         self.parent = os.getppid() if job else None  # torchrun
         self.launch = f"{job} {socket.gethostname()} {self.parent}" if job else None  # the same after its restarts
         self.device = self._device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -150,19 +146,15 @@ class World:
         return torch.device(full)
 
     def max(self, values: Tensor) -> list[float]:
-        """Elementwise maxima over the processes."""
         return torch.stack(self.gather(values.cpu().double())).amax(0).tolist()
 
     def sum(self, values: Tensor) -> list[float]:
-        """Elementwise sums over the processes."""
         return torch.stack(self.gather(values.cpu().double())).sum(0).tolist()
 
     def same(self, value: Any) -> Any:
-        """The main process's value, in every process."""
         return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in every process."""
         box = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(box, value)
@@ -179,10 +171,7 @@ class World:
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank, and the number of processes, from the variables that torchrun sets.
-
-    Raises Unusable where only some are set: what they describe would wait for ever, or train without a word.
-    """
+    """This process's rank, and how many there are, from torchrun's variables.  Raises Unusable where some lack."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     sound = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
@@ -193,13 +182,10 @@ def launched() -> tuple[int, int]:
 
 
 def new_prefix(store: dist.Store, rank: int, size: int) -> str:
-    """A prefix that exactly the processes of this attempt agree on: torchrun's store keeps what dead ones wrote.
-
-    The main process proposes a name, and confirms it to those that answered under it.
-    """
+    """A prefix that exactly the processes of this attempt agree on: torchrun's store keeps what dead ones wrote."""
     mine = os.urandom(16).hex()
     if rank == 0:
-        store.set("attempt", mine)
+        store.set("attempt", mine)  # a proposal, confirmed to those that answer under it
         store.set(f"{mine} all", b" ".join(store.get(f"{mine} {other}") for other in range(1, size)))
         return mine
     while True:
@@ -267,33 +253,26 @@ class Run:
         replace(self.path / "status.json", json.dumps(status).encode(), sync=False)
 
     def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
-        """The last event and the last status of this process."""
+        """The last status and the last event of this process."""
         self.state, self.error = state, error
-        try:
-            self.event(event, message)
-        finally:
-            self.heartbeat(force=True)
+        self.heartbeat(force=True)
+        self.event(event, message)
 
 
 def new_directory(root: Path, name: str | None, default: str, config: dict[str, Any]) -> Path:
-    """Make root/name, which must not exist yet, or the first free of root/default, root/default-2, ...
-
-    It appears with its config.json in it, in one step: a process that dies meanwhile leaves nothing in the way.
-    """
+    """Make root/name, or the first free of root/default, root/default-2, ...: in one step, with config.json in it."""
     check_name(name or default)
     made = root / f".new.{os.getpid()}"
     made.mkdir(parents=True, exist_ok=True)
     try:
-        for i in count(1):
-            path = root / (name or (default if i == 1 else f"{default}-{i}"))
+        for path in map(root.joinpath, [name] if name else (f"{default}-{i}".removesuffix("-1") for i in count(1))):
             replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
             try:
                 return made.rename(path)
             except OSError:
                 if not os.path.lexists(path):
                     raise
-            if name:
-                raise Failure(f"--name {name}: {path} exists; choose another, or go on with --resume {path}", 2)
+        raise Failure(f"--name {name}: {path} exists; choose another, or go on with --resume {path}", 2)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -307,10 +286,7 @@ def check_name(name: str) -> None:
 
 
 def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | None = None) -> None:
-    """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one.
-
-    With `previous` the old content is kept there.  Where there is no room, all is as it was.
-    """
+    """Replace a file in one step: a reader sees the old content or the new.  With `previous`, the old is kept there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -338,37 +314,33 @@ def naming(path: Path) -> Iterator[Path]:
 def owned(path: Path, world: World) -> Iterator[None]:
     """Context: this job, and no other, works on the run at `path`.  To be entered before the data is read.
 
-    The main process holds a lock (flock) on path/lock, which ends with that process, however it ends.  Waits a
-    moment for a process that may be dying.  Raises Failure, in every process of this job, where another one stays.
+    The main process holds a lock (flock) on path/lock, which ends with that process.  One that may be dying is waited
+    for.  Raises Failure, in every process of this job, where another one stays.
     """
     with open(path / "lock", "a+b", buffering=0) if world.main else nullcontext() as file:
-        owner = owner_of(file, RESTARTED if world.restarts else DYING) if file else None
-        if owner := world.same(owner):
+        if owner := world.same(owner_of(file, RESTARTED if world.restarts else DYING) if file else None):
             raise Failure(f"{path}: {owner} is working on it; let it end, or stop it", 2)
         if file:
             os.register_at_fork(after_in_child=file.close)  # a child that outlives this process has no lock
             file.truncate(0)
-            with naming(path / "lock"):
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             for left in path.glob(".*.tmp"):  # by a process that was killed
                 left.unlink(missing_ok=True)
         yield
 
 
 def owner_of(file: IO[bytes], patience: float = 0.0, *, shared: bool = False) -> str | None:
-    """Who else has the lock of an open file, for so many seconds; None: now this process has it, or none can be had."""
-    deadline = time.monotonic() + patience
-    while True:
+    """Who else has the lock of an open file, for so many seconds; None: this process has it, or none can be had."""
+    for left in range(int(20 * patience), -1, -1):
         try:
             return fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                return file.read().decode() or "another process"
-            time.sleep(0.05)
+            time.sleep(0.05 * (left > 0))
         except OSError as error:
             problem = f"no lock can be had here ({error.strerror}): start no second process on this run"
             return print(f"warning: {file.name}: {problem}", file=sys.stderr)
+    file.seek(0)
+    return file.read().decode() or "another process"
 
 
 def refuse_if_running(path: Path) -> None:
@@ -376,11 +348,6 @@ def refuse_if_running(path: Path) -> None:
     with suppress(OSError), open(path / "lock", "rb") as file:
         if owner := owner_of(file, shared=True):
             raise Failure(f"{path}: {owner} is still working on it", 2)
-
-
-def resolve(path: Path) -> Path:
-    """The run that `path` means, without links."""
-    return path.resolve()
 
 
 def state_of(path: Path) -> str | None:
@@ -401,10 +368,7 @@ class Checkpoints:
         return self.world.main and time.monotonic() - self.saved > 60 * minutes
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the newest in one step, and keep it as the previous one.
-
-        Raises Failure, with both as they were, where it cannot be written: a full disk, say.
-        """
+        """Make it the newest, and the newest the previous one.  Raises Failure, with both as they were: a full disk."""
         if not self.world.main:
             return
         torch.save(state, content := io.BytesIO())
@@ -428,10 +392,7 @@ class Checkpoints:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The checkpoint at `path`, tensors on the CPU; nothing in the file is ever executed.
-
-    Raises Unusable for a file that is missing, damaged, or not a checkpoint of this project.
-    """
+    """The checkpoint at `path`, on the CPU; nothing in it is ever executed.  Raises Unusable for any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file, any
@@ -442,10 +403,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-# --- people -----------------------------------------------------------------------------------------------
-
-
-class Stop:
+class Stop(ExitStack):
     """Context: the first SIGINT, SIGTERM or SIGHUP is noted in `signal`, so that work can end cleanly.
 
     A later SIGINT or SIGTERM kills.  A signal that was ignored, as by nohup, stays ignored.  The death of torchrun
@@ -453,21 +411,19 @@ class Stop:
     """
 
     def __init__(self, world: World):
+        super().__init__()
         self.world, self.noted, self.when = world, 0, 0.0
 
     @property
     def signal(self) -> int:
-        orphaned = self.world.parent not in (None, os.getppid())
-        return self.noted or (signal.SIGTERM if orphaned else 0)
+        return self.noted or signal.SIGTERM * (self.world.parent not in (None, os.getppid()))
 
     def __enter__(self) -> "Stop":
-        heard = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        self.before = {s: signal.signal(s, self._note) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if (before := signal.getsignal(signum)) != signal.SIG_IGN:
+                self.callback(signal.signal, signum, before)
+                signal.signal(signum, self._note)
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
 
     def _note(self, signum: int, _: Any) -> None:
         if not self.noted:
