@@ -1,7 +1,4 @@
-"""What a long run needs and the paper does not mention: processes, files, checkpoints, signals, errors in one line.
-
-train.py and evaluate.py both stand on it, and meet in the run directory, which docs/run-directory.md documents.
-"""
+"""What a long run needs and no paper mentions: processes, signals, errors, and the files of docs/run-directory.md."""
 
 import fcntl
 import io
@@ -19,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +30,6 @@ HEARTBEAT = 2.0  # seconds between two updates of status.json
 DYING, RESTARTED = 5.0, 60.0  # seconds to wait for a run's lock: its process may be ending; after torchrun's restart
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
 LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
-
 resolve = Path.resolve  # of a run: `latest` is a link
 
 
@@ -61,8 +56,6 @@ class Unusable(Failure, ValueError):
 def explain(error: BaseException) -> tuple[str, int | None]:
     """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
     text = one_line(getattr(error, "format_message", error.__str__)()) or type(error).__name__  # the former: typer's
-    if isinstance(error, Failure):
-        return text, error.code
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return "out of memory; try a smaller --batch-size", 1
     gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
@@ -70,7 +63,9 @@ def explain(error: BaseException) -> tuple[str, int | None]:
         return "another process of this job is gone; start the same command again, or resume the run", 1
     if isinstance(error, OSError):
         return f"{error.filename or 'writing'}: {error.strerror or text}", 1
-    return ("stopped", 130) if type(error).__name__ == "Abort" else (text, getattr(error, "exit_code", None))
+    if type(error).__name__ == "Abort":  # typer's, wherever its version keeps the class
+        return "stopped", 130
+    return text, getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
 
 
 class Screen(io.TextIOWrapper):
@@ -112,10 +107,7 @@ def run_command(command: Callable[..., None]) -> int:
 
 
 class World:
-    """The processes of a run, one or those that torchrun started, and this process's device.
-
-    `gather` gives each of them every one's value, `same` the main one's, `sum` and `max` elementwise sums and maxima.
-    """
+    """The processes of a run, which share values (`same`: the main one's), sums and maxima; this process's device."""
 
     def __init__(self, device: str | None = None):
         self.rank, self.size = launched()
@@ -229,10 +221,14 @@ class Run:
         self.time = max(self.time, time.time())  # a clock may be set back
         head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(self.time, 3)}
         line = json.dumps(head | fields, allow_nan=False).encode() + b"\n"
-        with naming(self.path / "metrics.jsonl") as path, open(path, "a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            half = end and os.pread(file.fileno(), 1, end - 1) != b"\n"  # a line, left by a kill or a full disk
-            file.write(b"\n" + line if half else line)
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                half = end and os.pread(file.fileno(), 1, end - 1) != b"\n"  # a line, left by a kill or a full disk
+                file.write(b"\n" + line if half else line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def event(self, event: str, message: str) -> None:
         self.record("event", event=event, message=message)
@@ -265,7 +261,9 @@ def new_directory(root: Path, name: str | None, default: str, config: dict[str, 
     made = root / f".new.{os.getpid()}"
     made.mkdir(parents=True, exist_ok=True)
     try:
-        for path in map(root.joinpath, [name] if name else (f"{default}-{i}".removesuffix("-1") for i in count(1))):
+        for path in map(
+            root.joinpath, [name] if name else (f"{default}-{i}".removesuffix("-1") for i in range(1, sys.maxsize))
+        ):
             replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
             try:
                 return made.rename(path)
@@ -289,7 +287,7 @@ def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | N
     """Replace a file in one step: a reader sees the old content or the new.  With `previous`, the old is kept there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             if sync:
                 file.flush()
@@ -297,25 +295,17 @@ def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | N
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk it does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[Path]:
-    """Context: an OSError in it, which a full disk raises without saying where, names the file."""
-    try:
-        yield path
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextmanager
 def owned(path: Path, world: World) -> Iterator[None]:
     """Context: this job, and no other, works on the run at `path`.  To be entered before the data is read.
 
-    The main process holds a lock (flock) on path/lock, which ends with that process.  One that may be dying is waited
-    for.  Raises Failure, in every process of this job, where another one stays.
+    The main process holds a flock on path/lock.  Raises Failure, in every process, if another job's does not end soon.
     """
     with open(path / "lock", "a+b", buffering=0) if world.main else nullcontext() as file:
         if owner := world.same(owner_of(file, RESTARTED if world.restarts else DYING) if file else None):
@@ -406,8 +396,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 class Stop(ExitStack):
     """Context: the first SIGINT, SIGTERM or SIGHUP is noted in `signal`, so that work can end cleanly.
 
-    A later SIGINT or SIGTERM kills.  A signal that was ignored, as by nohup, stays ignored.  The death of torchrun
-    counts as SIGTERM: nobody is left who could stop these processes.
+    A later SIGINT or SIGTERM kills.  Ignored signals, as by nohup, stay so.  The death of torchrun counts as SIGTERM.
     """
 
     def __init__(self, world: World):
@@ -463,5 +452,4 @@ def git_commit() -> str | None:
     """The commit of this code, with a + where files have changed since; None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
