@@ -243,6 +243,7 @@ def open_run(path: Path, settings: Settings) -> Target:
     state = read_checkpoint(path / "checkpoint.pt")
     config, network, options = state["config"], models.load(path), state["config"]["options"]
     how = {"classes": config.get("class_names"), "channels": config["channels"], "split": options.get("split", 0)}
+    how["small"] = config.get("small", True)
     source, classes = data.load_test(options["dataset"], settings.data_dir or data.stored_place(options), **how)
     trained = options["phases"][-1]["size"] if isinstance(source, data.Files) and "phases" in options else None
     topk = settings.topk or (5 if options["dataset"] == "imagenet" else 1)

@@ -1,17 +1,10 @@
-"""What a long run needs and the paper does not mention: processes, files, checkpoints, signals, errors in one line.
+"""What a long run needs and no paper mentions: processes, signals, errors, and the files of docs/run-directory.md."""
 
-train.py and evaluate.py both stand on it; they never import each other and meet in the run directory, which
-docs/run-directory.md documents file by file and field by field.
-"""
-
-import contextlib
-import errno
+import fcntl
 import io
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -20,9 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,16 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-try:
-    import fcntl
-except ImportError:  # Windows: there nothing stops a second process
-    fcntl = None
-
 HEARTBEAT = 2.0  # seconds between two updates of status.json
 DYING, RESTARTED = 5.0, 60.0  # seconds to wait for a run's lock: its process may be ending; after torchrun's restart
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
 LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
-# gloo's words for a lost process
+resolve = Path.resolve  # of a run: `latest` is a link
 
 
 # --- errors, in one line ----------------------------------------------------------------------------------
@@ -56,23 +44,49 @@ def one_line(text: str) -> str:
 class Failure(Exception):
     """Ends the program with one line on stderr and an exit code: 1 failed, 2 bad usage, 3 diverged, 128 + signal."""
 
-    code = 1
-
     def __init__(self, message: str, code: int | None = None):
         super().__init__(one_line(message))
-        self.code = code or self.code
+        self.code = code or (2 if isinstance(self, Unusable) else 1)
 
 
 class Unusable(Failure, ValueError):
     """Bad input: a file, a folder, a value that cannot be used.  The message is one line and says what to do."""
 
-    code = 2
+
+def explain(error: BaseException) -> tuple[str, int | None]:
+    """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
+    text = one_line(getattr(error, "format_message", error.__str__)()) or type(error).__name__  # the former: typer's
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory; try a smaller --batch-size", 1
+    gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
+    if gone or isinstance(error, dist.DistError):
+        return "another process of this job is gone; start the same command again, or resume the run", 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'writing'}: {error.strerror or text}", 1
+    if type(error).__name__ == "Abort":  # typer's, wherever its version keeps the class
+        return "stopped", 130
+    return text, getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
+
+
+class Screen(io.TextIOWrapper):
+    """A stream that may go away (`| head`, a closed window, a full disk), or lack a letter: the work goes on."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 def run_command(command: Callable[..., None]) -> int:
     """Run a typer command and return its exit code: whatever a user can cause ends in one line, not in a traceback."""
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)  # torch's own
-    sys.stdout, sys.stderr = Screen.over(sys.stdout, "replace"), Screen.over(sys.stderr, "backslashreplace")
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        if (stream := getattr(sys, name)) and stream is getattr(sys, f"__{name}__"):  # else a test's
+            setattr(sys, name, Screen(stream.buffer, stream.encoding, errors, line_buffering=True))
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try:
@@ -82,70 +96,26 @@ def run_command(command: Callable[..., None]) -> int:
         if code is None:
             raise
         if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    if dist.is_initialized() or os.environ.get("WORLD_SIZE", "1") != "1":
-        # All is written and closed.  Threads of torch have been seen to abort while the interpreter ends, which
-        # makes a failure of a finished job: leave without that.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        print(end="", flush=True)
+        os._exit(code)  # all is written; threads of torch have been seen to abort while the interpreter ends
     return code
-
-
-class Screen(io.TextIOWrapper):
-    """A stream that may go away (`| head`, a closed window, a full disk), or lack a letter: the work goes on."""
-
-    @classmethod
-    def over(cls, stream: Any, errors: str) -> Any:
-        """In place of standard output or error; anything else, as a test's, is returned as it is."""
-        if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:
-            return stream
-        how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        return cls(stream.buffer, stream.encoding, errors, **how)
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
-
-
-def explain(error: BaseException) -> tuple[str, int | None]:
-    """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
-    text = one_line(str(error)) or type(error).__name__
-    if isinstance(error, Failure):
-        return text, error.code
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "out of memory; try a smaller --batch-size", 1
-    gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
-    if gone or isinstance(error, dist.DistError):
-        return "another process of this job is gone; start the same command again, or resume the run", 1
-    if isinstance(error, OSError):
-        return f"{error.filename or 'writing'}: {error.strerror or text}", 1
-    if type(error).__name__ == "Abort":  # typer's errors; where their classes live depends on its version
-        return "stopped", 130
-    if hasattr(error, "format_message"):
-        return one_line(error.format_message()), error.exit_code
-    return text, None
 
 
 # --- processes --------------------------------------------------------------------------------------------
 
 
 class World:
-    """The processes of a run, one or those that torchrun started, and this process's device."""
+    """The processes of a run, which share values (`same`: the main one's), sums and maxima; this process's device."""
 
     def __init__(self, device: str | None = None):
         self.rank, self.size = launched()
-        self.main = self.rank == 0
+        self.main, job = self.rank == 0, os.environ.get("TORCHELASTIC_RUN_ID")
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
         self.parent = os.getppid() if job else None  # torchrun
         self.launch = f"{job} {socket.gethostname()} {self.parent}" if job else None  # the same after its restarts
-        self.device = self._device(device)
+        self.device = self._device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False, markup=False, emoji=False)
         if self.size > 1:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # without torchrun's store one would wait long
@@ -157,38 +127,26 @@ class World:
         elif "RANK" not in os.environ and (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
             self.console.print(f"warning: SLURM_NTASKS is {tasks} and this is no torchrun: each task works alone")
 
-    def _device(self, name: str | None) -> torch.device:
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(name)
-            if str(device) != name:
-                raise RuntimeError  # torch takes cuda:1000 for cuda:-24
-            if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank))) if self.size > 1 else device
-                torch.cuda.set_device(device)
-            torch.zeros(1, dtype=torch.float64, device=device).item()
-        except (RuntimeError, AssertionError, ImportError, TypeError):  # torch has many ways to say so
-            count = torch.cuda.device_count()
-            raise Unusable(f"--device {name}: no such device; use cpu or cuda:N, torch sees {count} of these") from None
-        return device
+    def _device(self, name: str) -> torch.device:
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        own = f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}"
+        full = own if name == "cuda" or (self.size > 1 and name.startswith("cuda")) else name
+        if full not in known:
+            raise Unusable(f"--device {name}: no such device; this machine has {', '.join(known)}")
+        if full != "cpu":
+            torch.cuda.set_device(full)
+        return torch.device(full)
 
     def max(self, values: Tensor) -> list[float]:
-        """Elementwise maxima over the processes."""
-        return self.sum(values, dist.ReduceOp.MAX)
+        return torch.stack(self.gather(values.cpu().double())).amax(0).tolist()
 
-    def sum(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> list[float]:
-        """Elementwise sums over the processes."""
-        values = values.to(self.device, torch.float64)
-        if self.size > 1:
-            dist.all_reduce(values, operation)
-        return values.tolist()
+    def sum(self, values: Tensor) -> list[float]:
+        return torch.stack(self.gather(values.cpu().double())).sum(0).tolist()
 
     def same(self, value: Any) -> Any:
-        """The main process's value, in every process."""
         return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in every process."""
         box = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(box, value)
@@ -196,9 +154,8 @@ class World:
 
     def share_buffers(self, network: nn.Module) -> None:
         """Give every process the main one's running statistics: between two of them they differ."""
-        if self.size > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+        for buffer in network.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -206,10 +163,7 @@ class World:
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank, and the number of processes, from the variables that torchrun sets.
-
-    Raises Unusable where only some are set: what they describe would wait for ever, or train without a word.
-    """
+    """This process's rank, and how many there are, from torchrun's variables.  Raises Unusable where some lack."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     sound = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
@@ -220,23 +174,18 @@ def launched() -> tuple[int, int]:
 
 
 def new_prefix(store: dist.Store, rank: int, size: int) -> str:
-    """A prefix that exactly the processes of this attempt agree on: after a restart the store, which torchrun keeps,
-    still holds what dead processes wrote, and nodes count their restarts differently.
-
-    The main process proposes a name, and confirms it to those that answered under it.
-    """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    """A prefix that exactly the processes of this attempt agree on: torchrun's store keeps what dead ones wrote."""
+    mine = os.urandom(16).hex()
     if rank == 0:
-        store.set("attempt", mine)
+        store.set("attempt", mine)  # a proposal, confirmed to those that answer under it
         store.set(f"{mine} all", b" ".join(store.get(f"{mine} {other}") for other in range(1, size)))
         return mine
-    while time.monotonic() < deadline:
+    while True:
         name = store.get("attempt").decode()  # a dead process's, perhaps, which nobody confirms
         store.set(f"{name} {rank}", mine)
         if store.check([f"{name} all"]) and mine in store.get(f"{name} all").decode():
             return name
         time.sleep(0.02)
-    raise dist.DistStoreError("the main process did not confirm this one")
 
 
 # --- the run directory ------------------------------------------------------------------------------------
@@ -250,44 +199,36 @@ class Run:
         self.step, self.epoch = 0, 0.0
         self.beat, self.time = -math.inf, time.time()  # of the last heartbeat (no clock's), of the last record
         self.state, self.phase, self.error = "running", "train", None
-        self.torn = False
-        with contextlib.suppress(OSError), open(path / "metrics.jsonl", "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            self.torn = file.read() != b"\n"  # a killed process left half a line
 
     def make_latest(self) -> None:
-        """Let `latest`, beside the run, be a link to it; where no link can be made, a file with its name in it."""
-        if not self.world.main:
-            return
-        latest, new, problem = self.path.with_name("latest"), self.path / f".latest.{os.getpid()}.tmp", None
+        """Let `latest`, beside the run, be a link to it; where none can be made, that is told."""
+        latest, new = self.path.with_name("latest"), self.path / f".latest.{os.getpid()}.tmp"
         try:
-            try:
+            if self.world.main:
                 new.symlink_to(self.path.name)
-            except OSError as error:
-                problem = f"no link, {error.strerror}: a file with the name of the run in it stands in"
-                new.write_text(self.path.name)
-            os.replace(new, latest)
-        except OSError as error:  # a folder, say, that a copy has made of it
-            problem = f"left as it is, {error.strerror}; this run is {self.path}"
+                os.replace(new, latest)
+        except OSError as error:  # no links on this disk, or a folder is there, which a copy has made of the link
             new.unlink(missing_ok=True)
-        if problem:
-            self.warn(f"{latest}: {problem}")
+            self.warn(f"{latest}: left as it is, {error.strerror}; this run is {self.path}")
 
     def record(self, kind: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl, in one write."""
         if not self.world.main:
             return
-        nonfinite = [name for name, value in fields.items() if not finite(value)]
+        numbers = {k: torch.tensor(v, dtype=torch.float64) for k, v in fields.items() if isinstance(v, float | list)}
+        nonfinite = [name for name, number in numbers.items() if not number.isfinite().all()]
         fields |= dict.fromkeys(nonfinite) | ({"nonfinite": nonfinite} if nonfinite else {})
         self.time = max(self.time, time.time())  # a clock may be set back
         head = {"kind": kind, "step": self.step, "epoch": round(self.epoch, 6), "time": round(self.time, 3)}
-        line = json.dumps(head | fields, allow_nan=False)
-        content = self.torn * b"\n" + line.encode() + b"\n"
-        with naming(self.path / "metrics.jsonl") as path, open(path, "ab", buffering=0) as file:
-            self.torn = True
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.torn = False
+        line = json.dumps(head | fields, allow_nan=False).encode() + b"\n"
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                half = end and os.pread(file.fileno(), 1, end - 1) != b"\n"  # a line, left by a kill or a full disk
+                file.write(b"\n" + line if half else line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
     def event(self, event: str, message: str) -> None:
         self.record("event", event=event, message=message)
@@ -308,64 +249,45 @@ class Run:
         replace(self.path / "status.json", json.dumps(status).encode(), sync=False)
 
     def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
-        """The last event and the last status of this process."""
+        """The last status and the last event of this process."""
         self.state, self.error = state, error
-        try:
-            self.event(event, message)
-        finally:
-            self.heartbeat(force=True)
+        self.heartbeat(force=True)
+        self.event(event, message)
 
 
 def new_directory(root: Path, name: str | None, default: str, config: dict[str, Any]) -> Path:
-    """Make root/name, which must not exist yet, or the first free of root/default, root/default-2, ...
-
-    It appears with its config.json in it, in one step: a process that dies meanwhile leaves nothing in the way.
-    """
+    """Make root/name, or the first free of root/default, root/default-2, ...: in one step, with config.json in it."""
     check_name(name or default)
     made = root / f".new.{os.getpid()}"
     made.mkdir(parents=True, exist_ok=True)
     try:
-        for i in itertools.count(1):
-            path = root / (name or (default if i == 1 else f"{default}-{i}"))
-            if not os.path.lexists(path):
-                replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
-                try:
-                    return made.rename(path)
-                except OSError:
-                    if not path.exists():  # nobody was faster
-                        raise
-            if name:
-                message = f"--name {name}: {path} exists; choose another name, or go on with --resume {path}"
-                raise Failure(message, 2)
+        for path in map(
+            root.joinpath, [name] if name else (f"{default}-{i}".removesuffix("-1") for i in range(1, sys.maxsize))
+        ):
+            replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
+            try:
+                return made.rename(path)
+            except OSError:
+                if not os.path.lexists(path):
+                    raise
+        raise Failure(f"--name {name}: {path} exists; choose another, or go on with --resume {path}", 2)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 def check_name(name: str) -> None:
     """Raise Unusable for a run's name that would lie elsewhere, be hidden, break lines, or be taken for the newest."""
-    if (
-        not re.fullmatch(r"(?!(?i:latest)$)[^./\\\s]([^/\\]*[^/\\\s])?", name)
-        or not name.isprintable()
-        or len(os.fsencode(name)) > 200
-    ):
-        rule = "a run's name begins with no dot, has no slash, no control character, no blank around it, is not latest"
-        rule += ", and has 200 bytes at most"
-        raise Unusable(f"--name {name!r}: {rule}")
-
-
-def finite(value: Any) -> bool:
-    """False for a float, or a list with a float in it, that is infinite or not a number."""
-    return all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
+    fits = re.fullmatch(r"(?!latest$)[^./\\\s][^/\\]*(?<!\s)", name, re.IGNORECASE) and name.isprintable()
+    if not fits or len(os.fsencode(name)) > 200:
+        rule = "has no dot in front, no slash, no control character, no blank around it, 200 bytes, and is not latest"
+        raise Unusable(f"--name {name!r}: a run's name {rule}")
 
 
 def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | None = None) -> None:
-    """Replace the file at `path` in one step: a reader sees the old content or the new, never half of one.
-
-    With `previous` the old content is kept there.  Where there is no room, all is as it was.
-    """
+    """Replace a file in one step: a reader sees the old content or the new.  With `previous`, the old is kept there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             if sync:
                 file.flush()
@@ -373,84 +295,55 @@ def replace(path: Path, content: bytes, *, sync: bool = True, previous: Path | N
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as error:  # of a full disk it does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[Path]:
-    """Context: an OSError in it, which a full disk raises without saying where, names the file."""
-    try:
-        yield path
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-@contextlib.contextmanager
+@contextmanager
 def owned(path: Path, world: World) -> Iterator[None]:
     """Context: this job, and no other, works on the run at `path`.  To be entered before the data is read.
 
-    The main process holds a lock (flock) on path/lock, which ends with that process, however it ends.  Waits a
-    moment for a process that may be dying.  Raises Failure, in every process of this job, where another one stays.
-    Over NFS, Linux asks the server, which every machine then obeys, and which frees the lock of a machine that
-    fell silent after a minute or two.  A file system without locks is named in a warning, and nothing is refused.
+    The main process holds a flock on path/lock.  Raises Failure, in every process, if another job's does not end soon.
     """
-    with open(path / "lock", "a+b", buffering=0) if world.main else contextlib.nullcontext() as file:
-        owner = owner_of(file, RESTARTED if world.restarts else DYING) if file else None
-        if owner := world.same(owner):
+    with open(path / "lock", "a+b", buffering=0) if world.main else nullcontext() as file:
+        if owner := world.same(owner_of(file, RESTARTED if world.restarts else DYING) if file else None):
             raise Failure(f"{path}: {owner} is working on it; let it end, or stop it", 2)
         if file:
-            if fcntl:
-                os.register_at_fork(after_in_child=file.close)  # a child that outlives this process has no lock
+            os.register_at_fork(after_in_child=file.close)  # a child that outlives this process has no lock
             file.truncate(0)
-            with naming(path / "lock"):
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             for left in path.glob(".*.tmp"):  # by a process that was killed
                 left.unlink(missing_ok=True)
         yield
 
 
 def owner_of(file: IO[bytes], patience: float = 0.0, *, shared: bool = False) -> str | None:
-    """Who else has the lock of an open file, for so many seconds; None: now this process has it."""
-    deadline = time.monotonic() + patience
-    while fcntl:
+    """Who else has the lock of an open file, for so many seconds; None: this process has it, or none can be had."""
+    for left in range(int(20 * patience), -1, -1):
         try:
             return fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                return file.read().decode() or "another process"
-            time.sleep(0.05)
+            time.sleep(0.05 * (left > 0))
         except OSError as error:
             problem = f"no lock can be had here ({error.strerror}): start no second process on this run"
-            print(f"warning: {file.name}: {problem}", file=sys.stderr)
-            break
-    return None
+            return print(f"warning: {file.name}: {problem}", file=sys.stderr)
+    file.seek(0)
+    return file.read().decode() or "another process"
 
 
 def refuse_if_running(path: Path) -> None:
     """Raise Failure while a process works on the run."""
-    with contextlib.suppress(OSError), open(path / "lock", "rb") as file:
+    with suppress(OSError), open(path / "lock", "rb") as file:
         if owner := owner_of(file, shared=True):
             raise Failure(f"{path}: {owner} is still working on it", 2)
 
 
-def resolve(path: Path) -> Path:
-    """The run that `path` means, without links; a file called `latest` stands for the run whose name is in it."""
-    if path.name == "latest" and path.is_file():
-        with contextlib.suppress(OSError, ValueError):
-            path = path.with_name(path.read_text().strip())
-    return path.resolve()
-
-
 def state_of(path: Path) -> str | None:
     """What status.json says of a run."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((path / "status.json").read_text())["state"]
-    return None
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------
 
 
 class Checkpoints:
@@ -465,14 +358,10 @@ class Checkpoints:
         return self.world.main and time.monotonic() - self.saved > 60 * minutes
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the newest in one step, and keep it as the previous one.
-
-        Raises Failure, with both as they were, where it cannot be written: a full disk, say.
-        """
+        """Make it the newest, and the newest the previous one.  Raises Failure, with both as they were: a full disk."""
         if not self.world.main:
             return
-        content = io.BytesIO()
-        torch.save(state, content)
+        torch.save(state, content := io.BytesIO())
         try:
             replace(self.newest, content.getbuffer(), previous=self.previous)
         except OSError as error:
@@ -493,60 +382,50 @@ class Checkpoints:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The checkpoint at `path`, tensors on the CPU; nothing in the file is ever executed.
-
-    Raises Unusable for a file that is missing, damaged, or not a checkpoint of this project.
-    """
+    """The checkpoint at `path`, on the CPU; nothing in it is ever executed.  Raises Unusable for any other file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file, any
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise Unusable(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():
         raise Unusable(f"{path}: not a checkpoint of this project (no config, model and step in it)")
     return state
 
 
-# --- people -----------------------------------------------------------------------------------------------
-
-
-class Stop:
+class Stop(ExitStack):
     """Context: the first SIGINT, SIGTERM or SIGHUP is noted in `signal`, so that work can end cleanly.
 
-    A later SIGINT or SIGTERM kills.  A signal that was ignored, as by nohup, stays ignored.  The death of torchrun
-    counts as SIGTERM: nobody is left who could stop these processes.
+    A later SIGINT or SIGTERM kills.  Ignored signals, as by nohup, stay so.  The death of torchrun counts as SIGTERM.
     """
 
     def __init__(self, world: World):
+        super().__init__()
         self.world, self.noted, self.when = world, 0, 0.0
 
     @property
     def signal(self) -> int:
-        orphaned = self.world.parent is not None and os.getppid() != self.world.parent
-        return self.noted or (signal.SIGTERM if orphaned else 0)
+        return self.noted or signal.SIGTERM * (self.world.parent not in (None, os.getppid()))
 
     def __enter__(self) -> "Stop":
-        heard = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has none
-        self.before = {s: signal.signal(s, self._note) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if (before := signal.getsignal(signum)) != signal.SIG_IGN:
+                self.callback(signal.signal, signum, before)
+                signal.signal(signum, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
     def _note(self, signum: int, _: Any) -> None:
-        again = self.noted and time.monotonic() - self.when > SAME_SIGNAL
-        if again and signum in (signal.SIGINT, signal.SIGTERM):  # a dying terminal may hang up several times
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
         if not self.noted:
             self.noted, self.when = signum, time.monotonic()
             if self.world.main and sys.__stderr__:  # else 2 is another file
-                with contextlib.suppress(OSError):  # past the buffers, which the signal may have found half changed
+                with suppress(OSError):  # past the buffers, which the signal may have found half changed
                     os.write(2, b"stopping cleanly; once more stops at once\n")
+        elif time.monotonic() - self.when > SAME_SIGNAL and signum != signal.SIGHUP:  # which may come several times
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
 
-@contextlib.contextmanager
+@contextmanager
 def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Context: a function that moves a bar on a terminal and does nothing elsewhere."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -556,31 +435,21 @@ def progress_bar(console: Console, name: str, total: int) -> Iterator[Callable[[
 
 
 def duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    unit, length = ("h", 3600) if seconds >= 7200 else ("min", 60) if seconds >= 120 else ("s", 1)
+    return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
 
 
 def provenance(world: World) -> dict[str, Any]:
     """What a figure has to be quoted with: command, versions, commit, hardware, time."""
-    cpu = f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "commit": git_commit(),
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu,
-        "host": socket.gethostname(),
-        "processes": world.size,
-        "launch": world.launch,
-        "created": round(time.time(), 3),
-    }
+    cpu, cuda = f"cpu, {torch.get_num_threads()} threads", world.device.type == "cuda"
+    made = {"command": shlex.join(["python", *sys.argv])}
+    made |= {"versions": {"python": sys.version.split()[0], "torch": str(torch.__version__)}, "commit": git_commit()}
+    made |= {"device": torch.cuda.get_device_name(world.device) if cuda else cpu, "host": socket.gethostname()}
+    return made | {"processes": world.size, "launch": world.launch, "created": round(time.time(), 3)}
 
 
 def git_commit() -> str | None:
     """The commit of this code, with a + where files have changed since; None outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    return None
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()

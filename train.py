@@ -360,9 +360,7 @@ class Trainer:
         self.phase = phase
         # Images that a forward and a backward pass of a training step hold in memory here.
         self.at_once = phase.batch_size // (self.world.size * self.options.accumulate)
-        images = self.images.at(
-            size=phase.size, min_scale=phase.min_scale, rectangular=phase.rectangular, cutout=self.options.cutout
-        )
+        images = self.images.at(size=phase.size, min_scale=phase.min_scale, cutout=self.options.cutout)
         self.train_images, self.test_images = images.train.to(self.world.device), images.test.to(self.world.device)
         if len(self.plan.phases) > 1:
             what = f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step"
@@ -944,6 +942,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     config = {"format": FORMAT, "options": asdict(options), **runs.provenance(world)}
     config |= {"steps_per_epoch": plan.steps[0], "steps_total": plan.total}
     config |= {"images_train": len(images.train), "images_test": len(images.test), "channels": images.channels}
+    config |= {"small": images.small}
     config |= {"classes": len(images.classes), "class_names": list(images.classes)}
     config |= {"attack_norm": norm, "attack_radii": radii, "attack_eps": radii[1]}
     config |= {"omega_eps": radii[1:], "omega_method": "ascent"}
@@ -960,7 +959,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
 def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
     """Lines for the user on a stranger's network.  Raises Unusable unless it can be trained: one step is tried."""
     phase = options.phases[0]
-    shown = images.at(size=phase.size, min_scale=phase.min_scale, rectangular=phase.rectangular, cutout=True).train
+    shown = images.at(size=phase.size, min_scale=phase.min_scale, cutout=True).train
     x, labels = data.fetch(shown, np.arange(min(4, len(shown))), world.device, problems=[])
     try:
         notes = [models.check_output(network.eval(), x, len(images.classes))]

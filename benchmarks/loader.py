@@ -3,18 +3,16 @@
     python benchmarks/loader.py --data-dir DIR                      DIR/train/<class>/*, DIR/val/<class>/*
     python benchmarks/loader.py --data-dir DIR --images 200 --repeats 3
 
-Three ways to the same random crops: the whole image decoded (plain PIL); JPEG decoded no larger than the crop needs
-("draft", what data.py does); the same from copies that `python data.py` made, here in a temporary directory.  They take
-turns, on the same images; a ratio is the median of ratios to plain PIL in the same turn.
+Two ways to the same random crops: the whole image decoded (plain PIL), and JPEG decoded no larger than the crop needs
+("draft", what data.py does).  They take turns, on the same images; a ratio is the median of ratios to plain PIL in the
+same turn.  What smaller copies would gain, a second run says, on a folder of these.
 """
 
 import contextlib
-import io
 import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import runs
 
-SIZES = {128: 160, 224: 352}  # pixels of the crop: short side of the copies that it is read from
+SIZES = 128, 224  # pixels of the crop
 MIN_SCALE = 0.08
 BATCH = 32
 EPOCH = 3000  # images at least, shown more than once where there are fewer: the start of the workers should not matter
@@ -72,32 +70,27 @@ def rows(size: int, taken: dict[str, list[float]], images: int) -> list[str]:
     ]
 
 
-def one_core(
-    size: int, source: data.Data, copies: data.Data, indices: np.ndarray, seed: int, repeats: int
-) -> list[str]:
+def one_core(size: int, source: data.Data, indices: np.ndarray, seed: int, repeats: int) -> list[str]:
     """One thread, in seconds of its processor time."""
-    ours, small = (d.at(size=size, min_scale=MIN_SCALE, rectangular=False).train for d in (source, copies))
+    ours = source.at(size=size, min_scale=MIN_SCALE).train
     ways = {
         "plain PIL": lambda turn: plain(ours, indices, seed=seed, epoch=turn),
         "draft": lambda turn: ours.batch(indices, seed=seed, epoch=turn),
-        f"draft, copies at {small.root.parent.name}": lambda turn: small.batch(indices, seed=seed, epoch=turn),
     }
     return rows(size, turns(ways, repeats, time.process_time), len(indices))
 
 
-def with_workers(size: int, source: data.Data, copies: data.Data, seed: int, repeats: int) -> list[str]:
+def with_workers(size: int, source: data.Data, seed: int, repeats: int) -> list[str]:
     """An epoch of `training_batches` on the clock, with the start of the workers."""
     how = {"batch_size": BATCH, "seed": seed, "device": torch.device("cpu")}
-    ways = {}
-    for kind, images in (("originals", source), ("copies", copies)):
-        train = long_epoch(images.at(size=size, min_scale=MIN_SCALE, rectangular=False).train)
-        for workers in (0, 1, 2):
+    train, ways = long_epoch(source.at(size=size, min_scale=MIN_SCALE).train), {}
+    for workers in (0, 1, 2):
 
-            def epoch(turn: int, train: data.Source = train, workers: int = workers) -> None:
-                for _ in data.training_batches(train, epoch=turn, workers=workers, **how):
-                    pass
+        def epoch(turn: int, workers: int = workers) -> None:
+            for _ in data.training_batches(train, epoch=turn, workers=workers, **how):
+                pass
 
-            ways[f"{kind}, {workers} workers"] = epoch
+        ways[f"{workers} workers"] = epoch
     return rows(size, turns(ways, repeats, time.perf_counter), len(train) // BATCH * BATCH)
 
 
@@ -122,13 +115,6 @@ def sizes_of(source: data.Files, indices: np.ndarray) -> str:
     return f"short sides {min(short)} to {max(short)}, median {statistics.median(short):.0f}"
 
 
-def make_copies(root: Path, out: Path) -> None:
-    """As `python data.py` makes them."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        if data.main(root, out, short_side=list(SIZES.values())):
-            raise data.DataError(f"{root}: has unreadable images, named above; remove them")
-
-
 def main(
     data_dir: Annotated[Path, typer.Option(help="Images: DIR/train/<class>/*, DIR/val/<class>/*.", show_default=False)],
     images: Annotated[int, typer.Option(help="Training images to read.", min=BATCH)] = 500,
@@ -138,27 +124,20 @@ def main(
     """Measure, and print Markdown."""
     torch.set_num_threads(1)
     load = f"load {os.getloadavg()[0]:.1f} at the start"
-    with tempfile.TemporaryDirectory() as directory:
-        make_copies(data_dir, Path(directory) / "copies")
-        source, copies = (data.load(str(root), subset=images) for root in (data_dir, Path(directory) / "copies"))
-        if source.small:
-            raise data.DataError(f"{data_dir}: its images are held in memory; this measures files of large ones")
-        indices = np.arange(len(source.train))
-        print(f"{len(indices)} training images of {data_dir} ({sizes_of(source.train, indices)}), {repeats} turns,")
-        print(
-            f"seed {seed}, random crops of {MIN_SCALE:.0%} to 100 % of the area. {processor()}, {os.cpu_count()} cores,"
-        )
-        print(f"{load}; Python {platform.python_version()}, Pillow {PIL.__version__}, torch {torch.__version__}.\n")
-        print("Copies help where they are smaller than the originals: one that would not be is the original itself.\n")
-        title = "images/s, median (range) | times the first |\n|---|---|---|---|"
-        print(f"One thread, per second of processor time:\n\n| pixels | how | {title}")
-        for size in SIZES:
-            print(*one_core(size, source, copies, indices, seed, repeats), sep="\n", flush=True)
-        print(
-            f"\nEpochs of `training_batches`, batches of {BATCH}, per second on the clock:\n\n| pixels | how | {title}"
-        )
-        for size in SIZES:
-            print(*with_workers(size, source, copies, seed, repeats), sep="\n", flush=True)
+    source = data.load(str(data_dir), subset=images)
+    if source.small:
+        raise data.DataError(f"{data_dir}: its images are held in memory; this measures files of large ones")
+    indices = np.arange(len(source.train))
+    print(f"{len(indices)} training images of {data_dir} ({sizes_of(source.train, indices)}), {repeats} turns,")
+    print(f"seed {seed}, random crops of {MIN_SCALE:.0%} to 100 % of the area. {processor()}, {os.cpu_count()} cores,")
+    print(f"{load}; Python {platform.python_version()}, Pillow {PIL.__version__}, torch {torch.__version__}.\n")
+    title = "images/s, median (range) | times the first |\n|---|---|---|---|"
+    print(f"One thread, per second of processor time:\n\n| pixels | how | {title}")
+    for size in SIZES:
+        print(*one_core(size, source, indices, seed, repeats), sep="\n", flush=True)
+    print(f"\nEpochs of `training_batches`, batches of {BATCH}, per second on the clock:\n\n| pixels | how | {title}")
+    for size in SIZES:
+        print(*with_workers(size, source, seed, repeats), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

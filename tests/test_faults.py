@@ -437,7 +437,7 @@ def test_half_a_line_for_which_there_was_room_is_noticed(monkeypatch, tmp_path, 
             assert command(patched, *small) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert_one_line_and_a_whole_checkpoint(capsys, run, "metrics.jsonl: No space left on device")
+    assert_one_line_and_a_whole_checkpoint(capsys, run, "metrics.jsonl: File too large")
     assert not (run / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert state(run) == "failed"
     assert command(monkeypatch, *small) == 0

@@ -360,11 +360,6 @@ def test_without_locks_a_run_goes_on_with_a_warning(monkeypatch, tmp_path, world
     assert line.startswith(f"warning: {tmp_path}/lock: no lock can be had here ({os.strerror(number)})")
 
 
-def test_without_flock_at_all_a_run_goes_on(monkeypatch, tmp_path, world):
-    monkeypatch.setattr(runs, "fcntl", None)
-    assert refusal(tmp_path, world) is None
-
-
 def test_an_owner_clears_away_what_a_killed_one_left_half_written(tmp_path, world):
     for name in (".checkpoint.pt.17.tmp", ".status.json.17.tmp", ".latest.17.tmp", ".hidden", "mine.tmp"):
         (tmp_path / name).touch()
@@ -440,13 +435,6 @@ def test_runs_that_nobody_names_find_places_beside_each_other(tmp_path):
 # --- the newest run ---------------------------------------------------------------------------------------
 
 
-def no_links(monkeypatch):
-    def symlink_to(self, *_):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(self))
-
-    monkeypatch.setattr(Path, "symlink_to", symlink_to)
-
-
 def begun(path, world):
     """A run that has made itself the newest; the warnings in its log."""
     path.mkdir()
@@ -456,48 +444,64 @@ def begun(path, world):
     return []
 
 
-def test_latest_is_a_link_or_a_file_that_stands_for_one(monkeypatch, tmp_path, world, capsys):
-    latest = tmp_path / "latest"
-    assert begun(tmp_path / "a", world) == []
-    assert os.readlink(latest) == "a"
-    with monkeypatch.context() as patched:
-        no_links(patched)
-        (warning,) = begun(tmp_path / "b", world)
-        assert warning.startswith(f"{latest}: no link, Operation not permitted")
-        assert f"warning: {warning}" in capsys.readouterr().out
-    assert latest.read_text() == "b"
-    assert not latest.is_symlink()
-    assert runs.resolve(latest) == (tmp_path / "b").resolve()
-    assert begun(tmp_path / "c", world) == []
-    assert runs.resolve(latest) == (tmp_path / "c").resolve()
-    assert files(tmp_path) == ["a", "b", "c", "latest"]
+def test_latest_is_a_link(tmp_path, world):
+    for name in "ab":
+        assert begun(tmp_path / name, world) == []
+        assert os.readlink(tmp_path / "latest") == name
+        assert runs.resolve(tmp_path / "latest") == (tmp_path / name).resolve()
+    assert files(tmp_path) == ["a", "b", "latest"]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_folder_called_latest_is_left_alone(monkeypatch, tmp_path, world, links):
+def test_where_no_link_can_be_made_that_is_told(monkeypatch, tmp_path, world, capsys):
+    def symlink_to(self, *_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(self))
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    (warning,) = begun(tmp_path / "a", world)
+    assert warning == f"{tmp_path}/latest: left as it is, Operation not permitted; this run is {tmp_path}/a"
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert files(tmp_path) == ["a"]
+
+
+def test_a_folder_called_latest_is_left_alone(tmp_path, world):
     """cp -rL and scp -r make one of the link."""
     shutil.copytree(ROOT / "tests", tmp_path / "latest", ignore=lambda folder, names: names[3:])
     before = files(tmp_path / "latest")
-    if not links:
-        no_links(monkeypatch)
     (warning,) = begun(tmp_path / "a", world)
     assert warning == f"{tmp_path}/latest: left as it is, Is a directory; this run is {tmp_path}/a"
     assert files(tmp_path / "latest") == before
     assert files(tmp_path) == ["a", "latest"]
     assert files(tmp_path / "a") == ["metrics.jsonl"]
-    assert runs.resolve(tmp_path / "latest") == (tmp_path / "latest").resolve()
 
 
 def test_anything_else_is_resolved_as_it_is(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     (tmp_path / "file").write_text("run")
-    (tmp_path / "latest").write_bytes(b"\xff\x00")
-    for name, target in (("link", "run"), ("run", "run"), ("file", "file"), ("none", "none"), ("latest", "latest")):
+    for name, target in (("link", "run"), ("run", "run"), ("file", "file"), ("none", "none")):
         assert runs.resolve(tmp_path / name) == (tmp_path / target).resolve()
 
 
 # --- the log and the status -------------------------------------------------------------------------------
+
+
+def test_what_json_cannot_say_is_null_and_named(tmp_path, world):
+    fields = {"a": 1.0, "b": math.nan, "c": [1.0, math.inf], "d": [1, 1e300], "e": None, "f": "nan", "g": 1e300, "h": 2}
+    runs.Run(tmp_path, world).record("step", **fields)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert {name: line[name] for name in fields} == fields | {"b": None, "c": None}
+    assert line["nonfinite"] == ["b", "c"]
+    runs.Run(tmp_path, world).record("step", a=1.0)
+    assert "nonfinite" not in (tmp_path / "metrics.jsonl").read_text().splitlines()[1]
+
+
+def test_half_a_line_that_a_kill_left_stays_alone(tmp_path, world):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "st')
+    for _ in range(2):
+        runs.Run(tmp_path, world).event("resume", "")
+    first, *others = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert first == '{"kind": "st'
+    assert [json.loads(line)["event"] for line in others] == ["resume"] * 2
 
 
 @given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=6))
@@ -735,10 +739,3 @@ def test_the_commit_is_gits_and_says_where_files_have_changed(monkeypatch, tmp_p
     assert runs.git_commit() == commit
     (tmp_path / "runs.py").write_text("changed")
     assert runs.git_commit() == f"{commit}+"
-
-
-@pytest.mark.parametrize(
-    ("value", "finite"), [(1.0, True), (math.nan, False), ([1.0, math.inf], False), ([1, "a"], True), (None, True)]
-)
-def test_what_json_can_say_is_finite(value, finite):
-    assert runs.finite(value) is finite

@@ -553,7 +553,7 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
     run = tmp_path / "whole"
     # 24 images: 3 batches of 8 at 128 pixels, 8 of 3 at 224, 12 of 2 at 288
     assert shapes == [(8, 3, 128, 128)] * 3 + [(3, 3, 224, 224)] * 8 + [(2, 3, 288, 288)] * 12
-    assert {(128, 128), (224, 224), (288, 288), (288, 416), (416, 288)} <= tested
+    assert tested == {(128, 128), (224, 224), (288, 288)}
     assert [r["step"] for r in records(run, "epoch")] == [3, 11, 23]
     phases = [e["message"] for e in records(run, "event") if e["event"] == "phase"]
     assert phases == [
