@@ -76,13 +76,15 @@ def augment(images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 12
     Random crop after padding by `border` with value `fill` (None: with the image, reflected), horizontal flip, and
     cutout: a square of side `cutout`, centred anywhere and clipped at the border, is filled with its own mean colour.
     """
-    y, x = (torch.arange(length, device=u.device) for length in images.shape[2:])
-    corner = (u[:, :2] * (2 * border + 1)).long()
-    rows, columns = corner[:, :1] + y, corner[:, 1:] + x
-    columns = torch.where(u[:, 2:3] < 0.5, columns.flip(1), columns)
+    h, w = images.shape[2:]
     padded = pad(images, (border,) * 4, **({"mode": "reflect"} if fill is None else {"value": fill}))
-    image = torch.arange(len(images), device=u.device)[:, None, None]
-    images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).float()
+    windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 2 border + 1, 2 border + 1, H, W): a view
+    down, right = (u[:, :2] * (2 * border + 1)).long().T
+    images = windows[torch.arange(len(images), device=u.device), :, down, right].float()
+    images = torch.where(u[:, 2, None, None, None] < 0.5, images.flip(3), images)
+    if not cutout:
+        return images
+    y, x = (torch.arange(length, device=u.device) for length in (h, w))
     top, left = ((u[:, [k]] * (len(line) + 1 - cutout % 2)).long() - cutout // 2 for k, line in ((3, y), (4, x)))
     mask = ((y >= top) & (y < top + cutout))[:, None, :, None] & ((x >= left) & (x < left + cutout))[:, None, None]
     mean = (images * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
