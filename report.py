@@ -1,14 +1,13 @@
 """Section 4: what evaluate.py measured, in the paper's Tables 1 to 6 and Figures 1 and 2, with intervals; files.
 
-Every percentage has a 95 % Clopper-Pearson interval, every mean a t interval; differences between two networks are
-paired, on the same images.  These intervals speak of the draw of the images, not of the seed of the training; and
-what follows from one random estimate of the constants (`sampled`) has none, since one draw has no spread.
+Every percentage has a 95 % Clopper-Pearson interval, every mean a t interval: of the draw of the images, not of the
+training.  What follows from one random estimate of the constants (`sampled`) has none: one draw has no spread.
 """
 
-import contextlib
 import csv
 import fnmatch
 import io
+import itertools
 import json
 import math
 import re
@@ -17,190 +16,131 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import rich.box
+import rich.table
 import scipy.stats
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
-from torch import Tensor
 
 import attacks
 import bounds
-from evaluate import METHODS, OMEGA_RADII, RADII, Evaluation, Measured, Settings, Target
+from evaluate import METHODS, OMEGA_RADII, RADII, Target
 from runs import World, duration, provenance, replace
 
+SAMPLED = METHODS["sampling"]
 SMOOTHING_RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of Table 5
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe & Ito (2008)
-NORM_NAMES = {"l2": "l2", "linf": "l∞"}
-HEADINGS = {"L_bound": "L-bound", "omega_bound": "ω-bound", "omega_error": "ω-bound error", "omega": "ω", "pct": "%"}
-HEADINGS |= {"distance_empirical": "distance found", "empirical_error": "error"}
+HEADINGS = {r"pct_(?=\d)": "% at ", r"(\d)_(\d)": r"\1/\2", "L_bound": "L-bound", "omega_bound": "ω-bound"}
+HEADINGS |= {"omega_error": "ω-bound error", r"omega_([\d.]+)": r"ω(\1)", "distance_empirical": "distance found"}
+HEADINGS |= {"empirical_error": "error", "pct": "%", "_": " "}
 PAPER = "paper: "  # before the name of a row of the paper
 
-
-# --- figures with their error bars ------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A value and its 95 % confidence interval, nan where there is none; decimals: how many to show, if not digits."""
-
-    value: float
-    low: float
-    high: float
-    decimals: int | None = None
-
-
-def percent(hits: np.ndarray) -> Interval:
-    """The share of True, in percent, with its Clopper-Pearson interval."""
-    found = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, "exact")
-    return Interval(100 * float(hits.mean()), 100 * float(found.low), 100 * float(found.high), 1)
-
-
-def mean(values: np.ndarray, least: float = -math.inf) -> Interval:
-    """The mean of values that are never below `least`, with its t interval; infinite where one of them is."""
-    values = np.asarray(values, dtype=float)
-    centre, reach = float(values.mean()), math.inf
-    if len(values) > 1 and math.isfinite(centre):
-        reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1))
-    return Interval(centre, max(centre - reach, least), centre + reach)
-
-
-def paired_percent(hits: np.ndarray, reference: np.ndarray) -> Interval:
-    """Difference of two shares on the same images, in points: Wald with 1/2 a cell added (Agresti & Min 2005).
-
-    The estimate is the plain difference; the interval is centred on the adjusted one, so that it has a length
-    where the two never differ.
-    """
-    hits, reference, n = hits.astype(bool), reference.astype(bool), len(hits) + 2
-    gained, lost = int((hits & ~reference).sum()) + 0.5, int((~hits & reference).sum()) + 0.5
-    centre = (gained - lost) / n
-    reach = scipy.stats.norm.ppf(0.975) * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    difference = 100 * (hits.mean() - reference.mean())
-    return Interval(float(difference), 100 * (centre - reach), 100 * (centre + reach), 1)
-
-
-def one_draw(value: Interval) -> Interval:
-    """Without its interval: over images there are many values, but all follow from one draw of the constants."""
-    return value._replace(low=math.nan, high=math.nan)
+# Column -> text, number or nothing; beside x its 95 % interval, x_low and x_high: nothing there, x follows from a draw.
+Row = dict[str, Any]
+ENDS, END = ("", "_low", "_high"), re.compile("_(low|high)$")
 
 
 # --- tables -----------------------------------------------------------------------------------------------
 
-Row = dict[str, Any]  # column -> text, number, Interval or nothing
+
+def percent(name: str, hits: np.ndarray) -> Row:
+    """The share of True, in percent, with its Clopper-Pearson interval."""
+    low, high = scipy.stats.binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95, "exact")
+    return {name: 100 * float(hits.mean()), f"{name}_low": 100 * float(low), f"{name}_high": 100 * float(high)}
+
+
+def mean(name: str, values: np.ndarray) -> Row:
+    """The mean of values of 0 or more, with its t interval; infinite, and without one, where a value is."""
+    values = np.asarray(values, dtype=float)
+    centre, reach = float(values.mean()), math.inf
+    if math.isinf(centre):
+        return {name: centre}
+    if len(values) > 1:
+        reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1))
+    return {name: centre, f"{name}_low": max(centre - reach, 0.0), f"{name}_high": centre + reach}
 
 
 class Table(NamedTuple):
-    """Rows that can be shown as Markdown, as CSV and on a terminal; wanted: patterns of columns, in order."""
+    """Rows, which Markdown, CSV and terminal show; sideways: a line a quantity and a column a network, but in CSV."""
 
     name: str
     title: str
     rows: list[Row]
-    wanted: str = "*"
-    named: bool = False  # columns are networks: their names are shown as they are
+    sideways: bool = False
 
     @property
     def columns(self) -> list[str]:
         """Those in which one of our own rows has something: the paper's alone compare with nothing."""
         ours = [row for row in self.rows if not str(row.get("model")).startswith(PAPER)]
-        names = [c for row in ours for c, cell in row.items() if cell is not None]
-        return list(dict.fromkeys(c for wanted in self.wanted.split() for c in fnmatch.filter(names, wanted)))
+        return list(dict.fromkeys(END.sub("", c) for row in ours for c, cell in row.items() if cell is not None))
 
     @property
-    def empty(self) -> bool:
-        return set(self.columns) <= {"model", "bound", "estimate", "training"}
+    def grid(self) -> list[list[str]]:
+        """The cells in words, below their headings or beside them."""
+        lines = [[heading(c) for c in self.columns], *([text(row, c) for c in self.columns] for row in self.rows)]
+        return [list(line) for line in zip(*lines, strict=True)] if self.sideways else lines
 
     @property
-    def turned(self) -> "Table":
-        """On its side: a line a quantity, a column a network."""
-        lines = [{row["model"]: row.get(column) for row in self.rows} for column in self.columns if column != "model"]
-        names = [heading(column) for column in self.columns if column != "model"]
-        rows = [{"": name} | line for name, line in zip(names, lines, strict=True)]
-        return Table(self.name, self.title, rows, named=True)
+    def markdown(self) -> str:
+        first, *rest = [[cell.replace("|", "/") for cell in line] for line in self.grid]
+        lines = [f"| {' | '.join(line)} |" for line in (first, ["---"] * len(first), *rest)]
+        return "\n".join([f"### {self.title}\n", *lines, ""])
+
+    def show(self, console: Console) -> None:
+        """On a terminal, lying sideways: as many networks beside each other as there is room."""
+        first, *widths = [max(map(len, column)) for column in zip(*self.grid, strict=True)]
+        count = max(1, (console.width - min(first, 40) - 4) // (min(max(widths), 28) + 3))
+        for start in range(1, len(widths) + 1, count):
+            head, *lines = [line[:1] + line[start : start + count] for line in self.grid]
+            columns = [rich.table.Column(name, overflow="fold") for name in head]
+            shown = rich.table.Table(*columns, title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+            for line in lines:
+                shown.add_row(*line)
+            console.print(shown)
 
 
 def heading(column: str) -> str:
     """omega_error_pct_2_255 -> ω-bound error % at 2/255"""
-    words = re.sub(r"(\d)_(\d)", r"\1/\2", re.sub(r"pct_(?=\d)", "% at ", column))
-    for name, said in HEADINGS.items():
-        words = words.replace(name, said)
-    return re.sub(r"ω ([\d.]+)$", r"ω(\1)", words.replace("_", " "))
+    for pattern, said in HEADINGS.items():
+        column = re.sub(pattern, said, column)
+    return column
 
 
-def number(value: float, decimals: int | None = None) -> str:
-    """Three digits, or as many decimals as asked for."""
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    if decimals is None and (abs(value) < 10 or abs(value) >= 1e6):
-        return f"{value:.3g}"
-    decimals = int(abs(value) < 1000) if decimals is None else decimals
-    return f"{value:,.{decimals}f}"
+def number(value: float) -> str:
+    """Three digits."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.3g}" if abs(value) < 10 or abs(value) >= 1e6 else f"{value:,.{int(abs(value) < 1000)}f}"
 
 
-def text(cell: Any) -> str:
+def text(row: Row, column: str) -> str:
     """A cell, with its interval if it has one."""
-    if isinstance(cell, Interval):
-        value, low, high = (number(v, cell.decimals) for v in cell[:3])
-        reach = "one draw" if math.isnan(cell.low) else f"{low} to {high}"
-        return f"{value} ({reach})" if math.isfinite(cell.value) else value
-    return number(cell) if isinstance(cell, float) else "" if cell is None else str(cell)
+    cell, low, high = (row.get(column + end) for end in ENDS)
+    shown = number(cell) if isinstance(cell, float) else "" if cell is None else str(cell)
+    if f"{column}_low" not in row:
+        return shown
+    return f"{shown} (one draw)" if low is None else f"{shown} ({number(low)} to {number(high)})"
 
 
-def markdown(table: Table) -> str:
-    columns = table.columns
-    lines = [" | ".join(columns if table.named else map(heading, columns)), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(text(row.get(column)).replace("|", "/") for column in columns) for row in table.rows]
-    return "\n".join([f"### {table.title}\n", *(f"| {line} |" for line in lines), ""])
-
-
-def as_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
+def as_csv(columns: Iterable[str], rows: list[Row]) -> bytes:
+    """With the ends of the intervals, where there are any, beside them."""
+    names = [c + end for c in columns for end in ENDS if any(c + end in row for row in rows)]
+    writer = csv.DictWriter(buffer := io.StringIO(), names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().encode()
 
 
-def table_csv(table: Table) -> bytes:
-    """One column each for a value and the ends of its interval, where any row has one."""
-    wide = {c for c in table.columns for row in table.rows if isinstance(row.get(c), Interval)}
-    header = [name for c in table.columns for name in ((c, f"{c}_low", f"{c}_high") if c in wide else (c,))]
-
-    def cells(cell: Any, column: str) -> tuple:
-        values = cell[:3] if isinstance(cell, Interval) else (cell, None, None)
-        values = [None if isinstance(v, float) and math.isnan(v) else v for v in values]
-        return values if column in wide else values[:1]
-
-    return as_csv(header, ([v for c in table.columns for v in cells(row.get(c), c)] for row in table.rows))
-
-
-def show(table: Table, console: Console) -> None:
-    """A turned table on a terminal: as many networks beside each other as there is room."""
-    plain = str.maketrans({"ω": "omega", "∞": "inf", "–": "-"} if console.options.ascii_only else {})
-    label, *names = table.columns
-    longest = [max(len(text(row.get(name))) for row in table.rows) for name in table.columns]
-    count = max(1, (console.width - longest[0] - 4) // (min(max(longest[1:]), 28) + 3))
-    for first in range(0, len(names), count):
-        some = [label, *names[first : first + count]]
-        shown = RichTable(title=table.title, title_justify="left", box=SIMPLE_HEAD)
-        for name in some:
-            shown.add_column(name.translate(plain), overflow="fold")
-        for row in table.rows:
-            shown.add_row(*(text(row.get(name)).translate(plain) for name in some))
-        console.print(shown)
-
-
 # --- the paper's rows -------------------------------------------------------------------------------------
 
-# What all rows of the paper on a data set have in common; a run that differs in it is not set beside them.
+# What all rows of the paper have in common, and those on a data set; a run that differs in it is not set beside them.
+COMMON = {"activation": "relu", "central": False, "unsquared": False, "recipe": "paper", "statistics": "batch"}
+COMMON |= {"lam_warmup": 0.0, "penalty_share": 1.0, "penalty_from": 0.0, "subset": None, "init": None, "size": None}
 RECIPES = {
-    "cifar10": {"model": ("resnext34-authors",), "epochs": (200,), "batch_size": (128,), "lr": (0.1,)},
-    "imagenet": {"model": ("resnet50",), "epochs": (29,), "penalty_space": ("normalized",)},
+    "cifar10": {"model": "resnext34-authors", "epochs": 200, "batch_size": 128, "lr": 0.1},
+    "imagenet": {"model": "resnet50", "epochs": 29, "penalty_space": "normalized"},
 }
-COMMON = {"activation": ("relu",), "central": (False,), "subset": (None,)}
-COMMON |= {"unsquared": (None, False), "init": (None,), "size": (None,)}  # runs of before have none
-COMMON |= {"recipe": (None, "paper"), "statistics": (None, "batch"), "lam_warmup": (None, 0.0)}
-COMMON |= {"penalty_share": (None, 1.0), "penalty_from": (None, 0.0)}
 
 
 def paper_rows(number: str, dataset: str) -> dict[str, Row]:
@@ -211,38 +151,32 @@ def paper_rows(number: str, dataset: str) -> dict[str, Row]:
             if (line["table"], line["dataset"]) == (number, dataset):
                 row = rows.setdefault(line["model"], {"model": PAPER + line["model"]})
                 row["omega_error_pct_" * (number == "6") + line["quantity"]] = float(line["value"])
-    return {m: row | {"training": f"{h:g} h"} if (h := row.get("train_hours")) else row for m, row in rows.items()}
+                if line["quantity"] == "train_hours":
+                    row["training"] = f"{row['train_hours']:g} h"
+    return rows
 
 
 def paper_row(number: str, target: Target) -> list[Row]:
     """The paper's row for a network that was trained, to the end, as this row's was, where there is one."""
-    if target.config is None or target.step != target.config.get("steps_total"):
-        return []
-    row = paper_rows(number, target.dataset).get(paper_model(target.config["options"], target.dataset))
-    return [row] if row else []
+    trained = target.config and target.step == target.config.get("steps_total")
+    model = paper_model(target.config["options"], target.dataset) if trained else None
+    return [row for name, row in paper_rows(number, target.dataset).items() if name == model]
 
 
 def paper_model(options: dict[str, Any], dataset: str) -> str | None:
     """What the paper's tables call the network that these options train; None for a network of another recipe."""
-    method, eps = options["method"], 255 * options.get("eps", 0)
-    recipe = COMMON | RECIPES.get(dataset, {"epochs": ()})
+    method, recipe = options["method"], COMMON | RECIPES.get(dataset, {})
     if method == "free":  # as many steps as the others
-        recipe |= {"epochs": [math.ceil(epochs / options["replays"]) for epochs in recipe["epochs"]]}
-    if any(options.get(name) not in values for name, values in recipe.items()):
+        recipe |= {"epochs": math.ceil(recipe.get("epochs", 0) / options["replays"]), "eps": 8 / 255}
+    if any(options.get(name, value) != value for name, value in recipe.items()):
         return None
-    if method == "none":
-        return "undefended"
-    if method == "at":
-        return f"{options['norm']} {options['attack_steps']}-step AT eps={eps:g}/255"
-    if method == "free":
-        return f"linf For Free AT m={options['replays']}" if round(eps, 3) == 8 else None
+    attacked = f"{options.get('norm')} {options.get('attack_steps')}-step AT eps={255 * options.get('eps', 0):g}/255"
+    names = {"none": "undefended", "at": attacked, "free": f"linf For Free AT m={options.get('replays')}"}
     kind = {"l2": "squared l2", "linf": "squared l1"}.get(options["norm"])
     how = {"fd": " (FD)", "exact": " (DBP)"}.get(method, "?") if dataset == "cifar10" else ""
     step = f" h={options['h']:g}" if method == "fd" and options["h"] != 0.01 else ""
-    return f"{kind}{how} lambda={options['lam']:g}{step}"
+    return names.get(method, f"{kind}{how} lambda={options['lam']:g}{step}")
 
-
-# --- the tables -------------------------------------------------------------------------------------------
 
 ERRORS, OMEGA, FALSE = "empirical_error_pct_*", "omega_error_pct_*", "false_pct_omega_bound"
 MEANS = f"mean_distance_L_bound false_pct_L_bound mean_distance_omega_bound {FALSE} mean_distance_empirical"
@@ -250,47 +184,55 @@ TABLES = {  # of the paper: norm, title, columns
     "1": ("linf", "Robustness in linf", f"model clean_error_pct bound {OMEGA} {FALSE} {ERRORS} training"),
     "2": ("l2", "Robustness in l2", f"model clean_error_pct bound {MEANS} training"),
     "3": ("l2", "Regularity of the margin of the probabilities, l2", "model estimate grad_norm_* omega_[0-9]*"),
+    "4": ("linf", "Error against the finite difference step h, linf", f"model h clean_error_pct {ERRORS}"),
     "6": ("l2", "Error % within a radius by the ω-bound, l2", f"model bound {OMEGA} {FALSE}"),
 }
+SUMMARY = f"model clean_error_pct top-* *_empirical *_alone median_distance {ERRORS} mean*_omega_bound {FALSE} bound"
+SUMMARY += " found_by_% calls_an_image"
 
 
-def worth(bound: Tensor, measured: Measured) -> bounds.Violations:
-    """On how many images a bound is false, and more."""
-    return bounds.violations(bound, torch.from_numpy(measured.found["distances"]))
+def pick(row: Row, wanted: str) -> Row:
+    """The columns of these patterns, in their order, with their intervals."""
+    return {c: row[c] for pattern in wanted.split() for c in row if fnmatch.fnmatchcase(END.sub("", c), pattern)}
 
 
-def figures_of(evaluation: Evaluation, norm: str, method: str | None) -> Row:
+def figures_of(target: Target, norm: str, method: str | None) -> Row:
     """All that is known of a network in a norm, by a bound's method, or without a bound; misclassified: distance 0."""
-    measured, target = evaluation.norms[norm], evaluation.target
-    distances, names = measured.found["distances"], measured.found["attacks"].tolist()
+    measured, radii, options = target.norms[norm], RADII[norm].items(), (target.config or {}).get("options", {})
+    found, distances, names = measured.found, measured.found["distances"], measured.found["attacks"].tolist()
+    row = {"model": target.name, "bound": method, "training": training_of(target)}
+    row |= percent("clean_error_pct", target.wrong) | mean("mean_distance_empirical", distances)
+    for k in [k for k in (1, 5) if target.topk != k < len(target.classes)]:
+        row |= percent(f"top-{k}_error_pct", target.first["ahead"] >= k)
+    for name, own in measured.alone.items():
+        row |= mean(f"mean_distance_{name}_alone", own)
+    for name, radius in radii:
+        row |= percent(f"empirical_error_pct_{name}", distances <= radius)
     shares = {name: 100 * names.count(name) / len(names) for name in (*attacks.SUITE, "none")}
-    row = {"model": target.name, "clean_error_pct": percent(evaluation.wrong), "bound": METHODS.get(method)}
-    row |= {f"empirical_error_pct_{name}": percent(distances <= r) for name, r in RADII[norm].items()}
-    row |= {"mean_distance_empirical": mean(distances, 0.0), "median_distance": float(np.median(distances))}
-    row |= {"found_by_%": ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)}
-    calls = measured.found["calls"].sum(0) / len(names)
-    pairs = zip((*attacks.SUITE, "checks"), calls, strict=True)
-    row |= {"calls_an_image": float(calls.sum()), "training": training_of(target)}
-    row["spent_on"] = ", ".join(f"{who} {n:.0f}" for who, n in pairs if n)
+    row["found_by_%"] = ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)
+    row |= {"median_distance": float(np.median(distances)), "calls_an_image": float(found["calls"].sum() / len(names))}
+    row["h"] = options["h"] if options.get("method") == "fd" else None
     for kind, bound in zip(("L", "omega"), measured.bounds.get(method, ()), strict=False):
-        false = worth(bound, measured)
-        found = {f"{kind}_error_pct_{name}": percent(bound.numpy() < r) for name, r in RADII[norm].items()}
-        found[f"mean_distance_{kind}_bound"] = mean(bound, 0.0)
-        found[f"false_pct_{kind}_bound"] = Interval(100 * false.rate, 100 * false.low, 100 * false.high, 1)
-        row |= {name: one_draw(value) if method == "sampling" else value for name, value in found.items()}
-        row |= {f"worst_ratio_{kind}_bound": false.worst, f"ratio_of_means_{kind}_bound": false.tightness}
-    return row | regularity_of(measured, method) if norm == "l2" else row
+        known = bounds.violations(bound, torch.from_numpy(distances))
+        claims = mean(f"mean_distance_{kind}_bound", bound)
+        for end, share in zip(ENDS, (known.rate, known.low, known.high), strict=True):
+            claims[f"false_pct_{kind}_bound{end}"] = 100 * share
+        for name, radius in radii:
+            claims |= percent(f"{kind}_error_pct_{name}", bound.numpy() < radius)
+        row |= {name: None if method == SAMPLED and END.search(name) else value for name, value in claims.items()}
+    return row | regularity_of(target, method) if norm == "l2" else row
 
 
-def regularity_of(measured: Measured, method: str | None) -> Row:
-    """Of the margin of the probabilities: gradient norms, and omega as ascent found it, or as it was sampled."""
+def regularity_of(target: Target, method: str | None) -> Row:
+    """Of the margin of the probabilities, l2: gradient norms, and omega as ascent found it, or as it was sampled."""
+    measured = target.norms["l2"]
     norms, omega = measured.found["probabilities_grad_norms"][:, 0], measured.found["omega"].max(0)
-    row: Row = {"estimate": "largest found by ascent", "grad_norm_mean": mean(norms, 0.0)}
-    row["grad_norm_max"] = float(norms.max())
-    if method == "sampling":
-        found = measured.bounds[method].constants
-        row |= {"estimate": METHODS[method], "grad_norm_max": found.lipschitz}
+    estimate, largest = "largest found by ascent", float(norms.max())
+    if method == SAMPLED:
+        _, _, found = measured.bounds[method]
+        estimate, largest = method, found.lipschitz
         omega = [found.omega[(found.eps - r).abs().argmin()] for r in OMEGA_RADII]
+    row = {"estimate": estimate, **mean("grad_norm_mean", norms), "grad_norm_max": largest}
     return row | {f"omega_{r}": float(w) for r, w in zip(OMEGA_RADII, omega, strict=True)}
 
 
@@ -302,125 +244,59 @@ def training_of(target: Target) -> str | None:
     return f"{duration(target.seconds)}, {epochs:.3g} epochs of {target.config['images_train']:,}"
 
 
-def table_of_the_paper(number: str, evaluations: list[Evaluation]) -> Table:
-    """Of each network a row for its most reliable bound, one for the paper's, and the paper's own row."""
+def table_of_the_paper(number: str, targets: list[Target]) -> Table:
+    """Of each network a row for each bound, or for what has none, and the paper's own row; of Table 4, all of these."""
     norm, title, wanted = TABLES[number]
     rows = []
-    for evaluation in evaluations:
-        measured = evaluation.norms[norm]
-        for method in dict.fromkeys([None if number == "3" else measured.best, "sampling"]):
-            if method is None or method in measured.bounds:
-                rows.append(figures_of(evaluation, norm, method))
-        rows += paper_row(number, evaluation.target)
-    return Table(f"table{number}", f"Table {number}. {title}", rows, wanted)
+    for target in targets:
+        known = target.norms[norm].bounds
+        methods = {"3": [None, *{SAMPLED} & known.keys()], "4": [None]}.get(number, [*known] or [None])
+        rows += [pick(figures_of(target, norm, method), wanted) for method in methods]
+        rows += [] if number == "4" else paper_row(number, target)
+    if number == "4":  # where networks differ in h
+        several = len({row["h"] for row in rows} - {None}) > 1
+        rows = [*rows, *paper_rows("4", targets[0].dataset).values()] if several else []
+    return Table(f"table{number}", f"Table {number}. {title}", rows)
 
 
-def table_4(evaluations: list[Evaluation]) -> Table:
-    """Errors against the finite difference step; empty unless networks differ in it."""
-    options = [(evaluation.target.config or {}).get("options", {}) for evaluation in evaluations]
-    steps = [o["h"] if o.get("method") == "fd" else None for o in options]
-    rows = [figures_of(e, "linf", None) | {"h": step} for e, step in zip(evaluations, steps, strict=True)]
-    rows += paper_rows("4", evaluations[0].target.dataset).values()
-    title = "Table 4. Error against the finite difference step h, linf"
-    return Table("table4", title, rows if len({*steps} - {None}) > 1 else [], f"model h clean_error_pct {ERRORS}")
-
-
-def table_5(evaluations: list[Evaluation]) -> Table:
+def table_5(targets: list[Target]) -> Table:
     """Certified error of the smoothed classifier: for each sigma and, at each radius, for the best of them."""
     rows: list[Row] = []
-    for evaluation in evaluations:
+    for target in targets:
         each = []
-        for sigma, found in evaluation.smoothing.items():
-            errors = {str(r): percent(~found["right"] | (found["radii"] < r)) for r in SMOOTHING_RADII}
-            each.append({"sigma": sigma, "largest_radius": float(found["cap"][0])} | errors)
-        best = {"sigma": "best", "largest_radius": max(row["largest_radius"] for row in each)}
-        best |= {str(r): min(row[str(r)].value for row in each) for r in SMOOTHING_RADII}
-        rows += [{"model": evaluation.target.name} | row for row in [best] * bool(each[1:]) + each]
-    rows += paper_rows("5", evaluations[0].target.dataset).values()
+        for sigma, found in target.smoothing.items():
+            each.append({"model": target.name, "sigma": sigma, "largest_radius": float(found["cap"][0])})
+            for radius in SMOOTHING_RADII:
+                each[-1] |= percent(str(radius), ~found["right"] | (found["radii"] < radius))
+        if each[1:]:
+            best = {str(radius): min(row[str(radius)] for row in each) for radius in SMOOTHING_RADII}
+            largest = max(row["largest_radius"] for row in each)
+            rows.append({"model": target.name, "sigma": "best", "largest_radius": largest} | best)
+        rows += each
     title = "Table 5. Certified error % of the smoothed classifier within a radius, l2: confidence 99.9 % an image, "
-    title += f"{evaluations[0].settings.samples:,} samples; best: the least of the column, chosen on these images"
-    return Table("table5", title, rows)
+    title += f"{targets[0].settings.samples:,} samples; best: the least of the column, chosen on these images"
+    return Table("table5", title, [*rows, *paper_rows("5", targets[0].dataset).values()])
 
 
-def summary_table(evaluations: list[Evaluation]) -> Table:
-    """What was measured, a network a line: what the terminal shows."""
-    each = f"*_empirical median_distance {ERRORS} mean*_omega_bound {FALSE} bound found_by_% calls_an_image spent_on"
-    rows, wanted = [], ["model", "clean_error_pct", "top-?_error_pct"]
-    for evaluation in evaluations:
-        ahead, classes = evaluation.first["ahead"], len(evaluation.target.classes)
-        row = {f"top-{k}_error_pct": percent(ahead >= k) for k in (1, 5) if k != evaluation.target.topk and k < classes}
-        for norm, measured in evaluation.norms.items():
-            found = figures_of(evaluation, norm, measured.best)
-            row |= {"model": found["model"], "clean_error_pct": found["clean_error_pct"]}
-            row |= {f"{norm}:_{column}": value for column, value in found.items()}
-            wanted += [f"{norm}:_{column}" for column in each.split()]
-        failed = sum(len(measured.audit_failed) for measured in evaluation.norms.values())
-        rows.append(row | {"masking_audit": f"FAILS in {failed} lines" if failed else "passes"})
-    return Table("summary", "What was measured", rows, " ".join([*wanted, "masking_audit"]))
+def summary_table(targets: list[Target], norm: str) -> Table:
+    """What was measured in a norm, and what each line of the masking audit says: what the terminal shows."""
+    rows = []
+    for target in targets:
+        rows.append(pick(figures_of(target, norm, target.norms[norm].best), SUMMARY))
+        for line, (figure, limit) in target.norms[norm].audit.items():
+            verdict = "pass" if figure <= limit else "FAIL"
+            rows[-1][f"audit: {line} (at most {limit})"] = f"{verdict} {number(figure)}"
+    title = f"What was measured, {norm}; masking audit of {len(targets[0].rows['audit'])} images: in %, falls in points"
+    return Table(f"summary-{norm}", title, rows, sideways=True)
 
 
-def bounds_table(evaluations: list[Evaluation], norm: str) -> Table:
-    """Every bound with what it is worth."""
-    pairs = [(evaluation, method) for evaluation in evaluations for method in evaluation.norms[norm].bounds]
-    rows = [figures_of(evaluation, norm, method) for evaluation, method in pairs]
-    title = f"Bounds in {norm}: on how many images they are false, the worst bound / distance, and the ratio of means"
-    return Table(f"bounds-{norm}", title, rows, "model bound *_L_bound *_omega_bound")
-
-
-def attacks_table(evaluations: list[Evaluation], norm: str) -> Table:
-    """What each attack found by itself; empty unless each was alone on every image, and some image is right."""
-    rows: list[Row] = []
-    for evaluation in evaluations:
-        found, right = evaluation.norms[norm].found, ~evaluation.wrong
-        for attack in [name for name in evaluation.target.suite if f"distances_{name}" in found and right.any()]:
-            distances = found[f"distances_{attack}"]
-            near = np.isfinite(distances) & (distances <= 1.01 * found["distances"])
-            row = {"model": evaluation.target.name, "attack": attack, "mean_distance": mean(distances, 0.0)}
-            row["nearest_pct"] = percent(found["attacks"][right] == attack)
-            rows.append(row | {"within_1_%_of_it": percent(near[right])})
-    title = f"Each attack alone, {norm}: mean distance, and on how many of the correct images it found the nearest"
-    return Table(f"attacks-{norm}", title, rows)
-
-
-def differences_table(evaluations: list[Evaluation]) -> Table:
-    """Paired differences from the first network, on the same images; errors in points."""
-    reference, rows = evaluations[0], []
-    for evaluation in [e for e in evaluations[1:] if e.target.same_images(reference.target)]:
-        row = {"model": evaluation.target.name, "clean_error_pct": paired_percent(evaluation.wrong, reference.wrong)}
-        for norm, measured in evaluation.norms.items():
-            ours, theirs = measured.found["distances"], reference.norms[norm].found["distances"]
-            with np.errstate(invalid="ignore"):
-                row[f"{norm}:_mean_distance"] = mean(ours - theirs)
-            for name, radius in RADII[norm].items():
-                row[f"{norm}:_error_pct_{name}"] = paired_percent(ours <= radius, theirs <= radius)
-        rows.append(row)
-    return Table("differences", f"Differences from {reference.target.name} on the same images, errors in points", rows)
-
-
-def audit_table(evaluations: list[Evaluation]) -> Table:
-    """A verdict per line, with its figure."""
-    rows: dict[str, Row] = {}
-    for evaluation in evaluations:
-        for norm, measured in evaluation.norms.items():
-            for verdict in measured.verdicts:
-                row = rows.setdefault(verdict.line, {"line": verdict.line})
-                row["limit"] = f"at {verdict.at} {verdict.limit:g} {verdict.unit}"
-                said = "pass" if verdict.passed else "FAIL"
-                row[f"{evaluation.target.name}, {norm}"] = f"{said} {number(verdict.figure)}"
-    n = len(evaluations[0].target.rows["audit"])
-    return Table("audit", f"Masking audit, {n} images", list(rows.values()), named=True)
-
-
-def tables_of(evaluations: list[Evaluation]) -> list[Table]:
+def tables_of(targets: list[Target]) -> list[Table]:
     """All tables in which something stands."""
-    norms = evaluations[0].norms
-    tables = [table_of_the_paper(number, evaluations) for number, (norm, *_) in TABLES.items() if norm in norms]
-    tables += [table_4(evaluations)] if "linf" in norms else []
-    tables += [table_5(evaluations)] if evaluations[0].smoothing else []
-    tables.sort(key=lambda table: table.name)
-    tables += [make(evaluations, norm) for make in (attacks_table, bounds_table) for norm in norms]
-    tables += [differences_table(evaluations)]
-    return [table for table in [summary_table(evaluations), *tables, audit_table(evaluations)] if not table.empty]
+    norms = targets[0].norms
+    tables = [table_of_the_paper(number, targets) for number, (norm, *_) in TABLES.items() if norm in norms]
+    tables += [table_5(targets), *(summary_table(targets, norm) for norm in norms)]
+    filled = [table for table in tables if not {*table.columns} <= {"model", "bound", "estimate", "training"}]
+    return sorted(filled, key=lambda table: table.name)
 
 
 # --- figures ----------------------------------------------------------------------------------------------
@@ -428,262 +304,191 @@ def tables_of(evaluations: list[Evaluation]) -> list[Table]:
 
 def panels(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.6) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-    return figure, axes
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def png(figure: Figure) -> bytes:
     """The same bytes for the same figure: no date, no version in them."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=140, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def known_distances(evaluation: Evaluation, norm: str) -> np.ndarray:
-    distances = evaluation.norms[norm].found["distances"]
-    return np.sort(distances[np.isfinite(distances)])
-
-
-def error_figure(evaluations: list[Evaluation]) -> Figure | None:
-    """Figures 1 and 2: error against distance; dashed, the error that the bound allows."""
-    norms = [n for n in evaluations[0].norms if any(known_distances(e, n).any() for e in evaluations)]
-    if not norms:
-        return None
-    figure, axes = panels(len(norms))
-    dashed = {"linestyle": (0, (4, 2)), "linewidth": 1}
-    for axis, norm in zip(axes[0], norms, strict=True):
-        for evaluation, colour in zip(evaluations, COLOURS * len(evaluations), strict=False):
-            measured, known = evaluation.norms[norm], known_distances(evaluation, norm)
-            n, counts = len(evaluation.wrong), np.arange(1, len(known) + 1)
-            low = scipy.stats.beta.ppf(0.025, counts, n - counts + 1)
-            high = scipy.stats.beta.ppf(0.975, counts + 1, np.maximum(n - counts, 1e-9))
-            axis.fill_between(known, 100 * low, 100 * high, step="post", color=colour, alpha=0.15, linewidth=0)
-            axis.step(known, 100 * counts / n, where="post", color=colour, label=evaluation.target.name)
+def error_figure(targets: list[Target]) -> Figure:
+    """Figures 1 and 2: error against distance, with 95 % bands; dashed, the error that the bound allows."""
+    figure, axes = panels(len(targets[0].norms))
+    for axis, norm in zip(axes[0], targets[0].norms, strict=True):
+        for target, colour in zip(targets, itertools.cycle(COLOURS), strict=False):
+            measured, distances = target.norms[norm], np.sort(target.norms[norm].found["distances"])
+            known = distances[np.isfinite(distances)]
+            errors = [percent("y", distances <= distance) for distance in known]
+            low, y, high = ([error[name] for error in errors] for name in ("y_low", "y", "y_high"))
+            axis.fill_between(known, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+            axis.step(known, y, where="post", color=colour, label=target.name)
             if measured.best:
-                bound = np.sort(measured.bounds[measured.best].omega.numpy())
-                axis.step(bound, 100 * np.arange(1, n + 1) / n, where="post", color=colour, **dashed)
-        reach = max(np.quantile(known, 0.995) for e in evaluations if len(known := known_distances(e, norm)))
-        axis.set(xlim=(0, 1.05 * reach or 1), ylim=(0, 100), xlabel=f"{NORM_NAMES[norm]} distance, pixels in [0, 1]")
-    axes[0, 0].set_ylabel("error, %")
-    if any(e.norms[norm].best for e in evaluations for norm in norms):
-        axes[0, 0].plot([], [], color="0.3", label="ω-bound", **dashed)
-    where = {"loc": "outside upper center", "ncols": 1 if len(norms) == 1 else 3}
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), **where, frameon=False, fontsize=9)
+                _, omega, _ = measured.bounds[measured.best]
+                shares = 100 * np.arange(1, len(omega) + 1) / len(omega)
+                axis.step(np.sort(omega), shares, "--", where="post", color=colour, linewidth=1)
+        axis.set(xlim=(0, None), ylim=(0, 100), xlabel=f"{norm} distance, pixels in [0, 1]", ylabel="error, %")
+        axis.legend(fontsize=8, loc="lower right")
     return figure
 
 
-def bounds_figure(evaluations: list[Evaluation]) -> Figure | None:
+def bounds_figure(targets: list[Target]) -> Figure | None:
     """Each image's ω-bound against its distance: above the diagonal the bound is false."""
-    shown = {"sampling": (COLOURS[1], "x"), "ahead": (COLOURS[0], "o")}
-    full = [(e, n) for e in evaluations for n in e.norms if shown.keys() & e.norms[n].bounds.keys()]
-    if not full:
+    shown = [(target, norm) for target in targets for norm, measured in target.norms.items() if measured.bounds]
+    if not shown:
         return None
-    columns = len({norm for _, norm in full})
-    figure, axes = panels(columns, math.ceil(len(full) / columns))
-    for axis in axes.flat[len(full) :]:
-        axis.remove()
-    for axis, (evaluation, norm) in zip(axes.flat, full, strict=False):
-        measured, known = evaluation.norms[norm], known_distances(evaluation, norm)
-        for method, (colour, marker) in shown.items():
-            if found := measured.bounds.get(method):
-                label = f"{METHODS[method]}: {number(100 * worth(found.omega, measured).rate, 1)} % false"
-                how = {"s": 9, "marker": marker, "color": colour, "lw": 0.7, "label": label}
-                axis.scatter(measured.found["distances"], found.omega, **how)
-        limit = 1.05 * float(known.max()) if known.any() else 1.0
-        axis.plot([0, limit], [0, limit], color="0.3", linewidth=1)
-        axis.set(xlim=(0, limit), ylim=(0, limit), xlabel=f"{NORM_NAMES[norm]} distance found, pixels")
-        axis.set(ylabel="ω-bound, pixels")
-        axis.set_title(evaluation.target.name, fontsize=10)
-        axis.legend(fontsize=8, loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+    figure, axes = panels(len(shown))
+    for axis, (target, norm) in zip(axes[0], shown, strict=True):
+        distances = target.norms[norm].found["distances"]
+        known = np.isfinite(distances)
+        for (method, (_, omega, _)), colour, marker in zip(
+            target.norms[norm].bounds.items(), COLOURS, "o+x", strict=False
+        ):
+            axis.scatter(distances[known], omega[known], s=9, marker=marker, color=colour, lw=0.7, label=method)
+        axis.axline((0, 0), slope=1, color="0.3", linewidth=1)
+        axis.set(xlim=(0, None), ylim=(0, None), xlabel=f"{norm} distance found, pixels", ylabel="ω-bound, pixels")
+        axis.set_title(target.name, fontsize=10)
+        axis.legend(fontsize=8, loc="upper left")
     return figure
 
 
-def adversarial_figure(evaluations: list[Evaluation], norm: str, count: int = 5) -> Figure | None:
-    """The first images that all networks get right: the image, and each one's adversarial image and change."""
-    firsts = [evaluation.norms[norm].found["first"] for evaluation in evaluations]
-    shared = min(len(first["distances"]) for first in firsts)  # first parts begin alike, and a slow network's is short
-    distances = np.array([first["distances"][:shared] for first in firsts])
-    usable = (np.isfinite(distances) & (distances > 0)).all(0)
-    rows, target = np.flatnonzero(usable)[:count], evaluations[0].target
-    if len(rows) == 0 or not all(e.target.same_images(target) for e in evaluations):
+def adversarial_figure(target: Target, norm: str, count: int = 5) -> Figure | None:
+    """The first images that the network gets right: the image, its adversarial image, and the change."""
+    found = target.norms[norm].found["first"]
+    rows = np.flatnonzero(np.isfinite(found["distances"]) & (found["distances"] > 0))[:count]
+    if len(rows) == 0:
         return None
-    figure, axes = panels(1 + 2 * len(firsts), len(rows), width=1.5, height=1.65)
+    figure, axes = panels(3, len(rows), width=1.5, height=1.65)
     for row, i in zip(axes, rows, strict=True):
-        picture(row[0], firsts[0]["images"][i], target.classes[firsts[0]["labels"][i]][:12])
-        for j, found in enumerate(firsts):
-            change = found["adversarial"][i] - found["images"][i]
-            moved = f"{target.classes[found['moved'][i]][:12]}, {number(found['distances'][i])}"
-            picture(row[1 + 2 * j], found["adversarial"][i], moved)
-            peak = float(np.abs(change).max()) or 1.0
-            picture(row[2 + 2 * j], 0.5 + change / (2 * peak), f"±{number(peak)}", diverging=True)
-    headings = ["image", *(part for e in evaluations for part in (e.target.name, "change"))]
-    for axis, heading in zip(axes[-1], headings, strict=True):
-        axis.set_xlabel(heading.replace("-", "-\u200b"), fontsize=7, wrap=True)
-    figure.suptitle(f"Nearest adversarial images found, {NORM_NAMES[norm]}: class, distance", fontsize=10)
+        image, adversarial, distance = (found[name][i] for name in ("images", "adversarial", "distances"))
+        peak = float(np.abs(adversarial - image).max()) or 1.0
+        was, now = (target.classes[found[name][i]][:12] for name in ("labels", "moved"))
+        shown = [(image, was, "gray"), (adversarial, f"{now}, {number(distance)}", "gray")]
+        shown += [(0.5 + (adversarial - image) / (2 * peak), f"±{number(peak)}", "RdBu_r")]  # grey: blue down, red up
+        for axis, (pixels, title, colours) in zip(row, shown, strict=True):
+            pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+            axis.imshow(np.clip(pixels, 0, 1), cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(title, fontsize=8, pad=2)
+            axis.set(xticks=[], yticks=[])
     return figure
-
-
-def picture(axis: Any, image: np.ndarray, title: str, *, diverging: bool = False) -> None:
-    """Grey or colour; a grey change from blue, down, to red, up."""
-    shown = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    axis.imshow(np.clip(shown, 0, 1), cmap="RdBu_r" if diverging else "gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, fontsize=8, pad=2)
-    axis.grid(False)
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
 
 
 # --- files ------------------------------------------------------------------------------------------------
 
+PREAMBLE = """# {title}
 
-DISTANCES = """Distances are those of the nearest adversarial images found, upper bounds of the true ones, in pixels of
-range 0 to 1; a misclassified image has distance 0 and bound 0, and an image that nothing broke makes a mean infinite.
-Intervals are 95 %: Clopper-Pearson for percentages, t for means; they speak of the draw of the images, not of the
-training."""
-BOUNDS = """Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than
-the bound says, a lower estimate, as good as the attacks. `calibrated`: the smallest modulus whose bounds are false for
-0.5 % of the images at most, from distances of the calibration images; `two tangents`: the same, with the tangent at the
-linearised boundary too. `ascent`: the largest values that gradient ascent finds. `sampled`: the paper's, from random
-perturbations and a GEV fit. All its bounds follow from one draw of these, and with another seed several times as many
-can be false: so it has no interval over images. The intervals of the other bounds hold for these calibration
-images."""
+Networks, with digests of their weights: {networks}
+
+{evaluation} evaluation and {calibration} calibration images of {size} (channels first), drawn from {test:,} test images
+of {dataset} with seed {seed}; errors are top-{topk}. Python {python}, torch {torch}, {device}, commit {commit}.
+
+Distances are those of the nearest adversarial images found, upper bounds of the true ones, in pixels of range 0 to 1; a
+misclassified image has distance 0 and bound 0, and where nothing broke an image a mean is infinite. Intervals are 95 %:
+Clopper-Pearson for percentages, t for means; they speak of the draw of the images, not of the training.
+
+Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than the bound
+says, a lower estimate, as good as the attacks. `two tangents`: the smallest modulus whose bounds are false for 0.5 % of
+the images at most, from distances of the calibration images. `ascent`: the largest values that gradient ascent finds.
+`sampled`: the paper's, from random perturbations and a GEV fit; one draw, and another seed may have several times as
+many false bounds: so it has no interval over images.
+
+{notes}
+"""
+# Names of what is written here, or was by earlier versions.
+WRITTEN = r"(table\d|audit|differences|(summary|attacks|bounds)(-\w+)?)\.csv|(errors|bounds|adversarial-\w+)\.png"
 
 
-def images_csv(evaluation: Evaluation) -> bytes:
+def images_csv(target: Target) -> bytes:
     """Everything known of each image; distances and bounds in pixels, 0 to 1."""
-    found = evaluation.first
-    columns: dict[str, Any] = {
-        "image (index in the test set)": evaluation.target.rows["evaluation"],
-        "label": found["labels"],
-        "predicted": found["predicted"],
-        "classes ahead of the label": found["ahead"],
-    }
-    for norm, measured in evaluation.norms.items():
-        columns[f"distance {norm} (pixels 0 to 1)"] = measured.found["distances"]
-        columns[f"attack {norm}"] = measured.found["attacks"]
-        for name in [name for name in measured.found if name.startswith("distances_")]:
-            columns[f"{name.removeprefix('distances_')} alone, distance {norm} (pixels 0 to 1)"] = measured.found[name]
-        gradient = measured.found["probabilities_grad_norms"][:, 0]
-        columns[f"gradient norm of the margin, {norm} attacks (probability per pixel unit)"] = gradient
-        for method, bound in measured.bounds.items():
-            columns[f"L-bound {norm} {method} (pixels 0 to 1)"] = bound.L.numpy()
-            columns[f"omega-bound {norm} {method} (pixels 0 to 1)"] = bound.omega.numpy()
-    for sigma, found in evaluation.smoothing.items():
+    first, pixels = target.first, "(pixels 0 to 1)"
+    columns = {"image (index in the test set)": target.rows["evaluation"], "label": first["labels"]}
+    columns |= {"predicted": first["predicted"], "classes ahead of the label": first["ahead"]}
+    for norm, measured in target.norms.items():
+        found, gradient = measured.found, f"gradient norm of the margin, {norm} attacks (probability per pixel unit)"
+        columns |= {f"distance {norm} {pixels}": found["distances"], f"attack {norm}": found["attacks"]}
+        columns |= {f"{name} alone, distance {norm} {pixels}": values for name, values in measured.alone.items()}
+        columns[gradient] = found["probabilities_grad_norms"][:, 0]
+        for method, (lipschitz, omega, _) in measured.bounds.items():
+            columns |= {f"L-bound {norm} {method} {pixels}": lipschitz, f"omega-bound {norm} {method} {pixels}": omega}
+    for sigma, found in target.smoothing.items():
         columns[f"smoothed class, sigma {sigma} (-1: abstains)"] = found["classes"]
-        columns[f"certified radius of the smoothed classifier l2, sigma {sigma} (pixels 0 to 1)"] = found["radii"]
-    return as_csv(columns, zip(*(values.tolist() for values in columns.values()), strict=True))
+        columns[f"certified radius of the smoothed classifier l2, sigma {sigma} {pixels}"] = found["radii"]
+    lines = zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True)
+    return as_csv(columns, [dict(zip(columns, line, strict=True)) for line in lines])
 
 
-def summary(evaluation: Evaluation) -> dict[str, Any]:
+def summary(target: Target) -> dict[str, Any]:
     """evaluation/summary.json, as the documentation of the run directory has it."""
-    target, norms = evaluation.target, {}
-    for norm, measured in evaluation.norms.items():
-        distances, bound = measured.found["distances"], measured.bounds.get(measured.best)
-        norms[norm] = {
-            "mean_distance": float(distances.mean()) if np.isfinite(distances).all() else None,
-            "median_distance": middle if math.isfinite(middle := float(np.median(distances))) else None,
-            "lipschitz_bound_mean": float(bound.L.mean()) if bound else None,
-            "omega_bound_mean": float(bound.omega.mean()) if bound else None,
-            "violations_pct": 100 * worth(bound.omega, measured).rate if bound else None,
-            "bound_method": measured.best,
-            "error_pct": {f"{r:.4g}": percent(measured.found["distances"] <= r).value for r in RADII[norm].values()},
-            "audit_failed": measured.audit_failed,
-        }
-    head = {"images": len(evaluation.wrong), "topk": target.topk, "clean_error_pct": percent(evaluation.wrong).value}
+    norms = {}
+    for norm, measured in target.norms.items():
+        row = figures_of(target, norm, measured.best)
+        names = {"mean_distance": "mean_distance_empirical", "lipschitz_bound_mean": "mean_distance_L_bound"}
+        names |= {"omega_bound_mean": "mean_distance_omega_bound", "violations_pct": "false_pct_omega_bound"}
+        known = {name: row.get(column) for name, column in (names | {"median_distance": "median_distance"}).items()}
+        norms[norm] = {name: None if value == math.inf else value for name, value in known.items()}
+        errors = {f"{r:.4g}": row[f"empirical_error_pct_{name}"] for name, r in RADII[norm].items()}
+        norms[norm] |= {"bound_method": measured.best, "error_pct": errors, "audit_failed": measured.audit_failed}
+    head = {"images": len(target.wrong), "topk": target.topk, "clean_error_pct": 100 * float(target.wrong.mean())}
     return head | {"checkpoint_step": target.step, "network": target.fingerprint, "norms": norms}
 
 
-def preamble(evaluations: list[Evaluation], world: World) -> str:
-    """What every figure has to be quoted with."""
-    settings, first, made = evaluations[0].settings, evaluations[0].target, provenance(world)
-    device = "cpu" if world.device.type == "cpu" else made["device"]
-    size = " x ".join(map(str, evaluations[0].first["first"]["images"].shape[1:]))
-    of = {part: len(rows) for part, rows in first.rows.items()}
-    versions = "Python {python}, torch {torch}".format(**made["versions"])
-    paragraphs = [
-        f"# {', '.join(e.target.name for e in evaluations)}",
-        "Networks, with digests of their weights: "
-        + ", ".join(f"{e.target.name} ({e.target.version})" for e in evaluations),
-        f"{of['evaluation']} evaluation and {of['calibration']} calibration images of {size} (channels first)"
-        f", drawn from {len(first.source):,} test images of {first.dataset} with seed {settings.seed}; errors are "
-        f"top-{first.topk}. {versions}, {device}, commit {made['commit']}.",
-        DISTANCES,
-        BOUNDS if any(measured.bounds for e in evaluations for measured in e.norms.values()) else "",
-        "\n".join(f"* {note}" for note in notes(evaluations)),
-    ]
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
+def preamble(targets: list[Target], world: World) -> str:
+    """What every figure has to be quoted with, and how it is to be read."""
+    first, made, names = targets[0], provenance(world), []
+    for target in targets:
+        step = f", step {target.step} of {target.config.get('steps_total', '?')}" if target.config else ""
+        names.append(f"{target.name} ({target.fingerprint}{step})")
+    about = {"title": ", ".join(target.name for target in targets), "networks": ", ".join(names), "topk": first.topk}
+    about |= {kind: len(first.rows[kind]) for kind in ("evaluation", "calibration")} | {"test": len(first.source)}
+    about |= {"size": " x ".join(map(str, first.first["first"]["images"].shape[1:])), "dataset": first.dataset}
+    about |= {"device": made["device"].partition(",")[0], "commit": made["commit"], "seed": first.settings.seed}
+    return PREAMBLE.format(**about, **made["versions"], notes="\n".join(f"* {line}" for line in notes(targets)))
 
 
-def notes(evaluations: list[Evaluation]) -> list[str]:
+def notes(targets: list[Target]) -> list[str]:
     """What a reader of the tables has to know beside them, a line each."""
     lines = []
-    for evaluation in evaluations:
-        name = evaluation.target.name
-        if evaluation.target.network.blind:
-            lines.append(f"{name}: no gradient reaches the image: attacked by its decisions alone, without bounds")
-        for norm, measured in evaluation.norms.items():
-            refused = {} if evaluation.target.network.blind else measured.refused
-            lines += [f"{name}, {norm}: no {METHODS[method]} bound: {why}" for method, why in refused.items()]
-            if failed := measured.audit_failed:
-                lines.append(f"{name}, {norm}: the audit FAILS: {'; '.join(failed)}")
-            if unbroken := int(np.isinf(measured.found["distances"]).sum()):
-                lines.append(f"{name}, {norm}: {unbroken} images that no attack broke")
+    for target, norm, measured in [(some, *item) for some in targets for item in some.norms.items()]:
+        said = [f"no {method} bound: {why}" for method, why in measured.refused.items()]
+        if target.network.blind:
+            said = ["no gradient reaches the image: attacked by its decisions alone, without bounds"]
+        said += [f"the audit FAILS: {'; '.join(measured.audit_failed)}"] * bool(measured.audit_failed)
+        lines += [f"{target.name}, {norm}: {line}" for line in said]
     return lines
 
 
-def write_report(evaluations: list[Evaluation], path: Path, world: World) -> None:
+def write_report(targets: list[Target], path: Path, world: World) -> None:
     """Tables, figures and report.md of one network, or of several beside each other."""
-    tables = tables_of(evaluations)
-    figures = {"errors": error_figure(evaluations), "bounds": bounds_figure(evaluations)}
-    figures |= {f"adversarial-{norm}": adversarial_figure(evaluations, norm) for norm in evaluations[0].norms}
-    figures = {name: figure for name, figure in figures.items() if figure}
-    captions = {
-        "errors": "Error against distance, 95 % bands (the paper's Figures 1, 2 on a linear axis); dashed, a bound's.",
-        "bounds": "ω-bound against distance, an image a point. Above the diagonal the bound is false.",
-    }
-    parts = [preamble(evaluations, world), markdown(tables[0].turned), *map(markdown, tables[1:])]
-    for name, figure in figures.items():
-        replace(path / f"{name}.png", png(figure))
-        parts.append(f"![{name}]({name}.png)\n\n{captions.get(name, 'The nearest adversarial images found.')}\n")
-    ours = {*(f"{name}.png" for name in figures), *(f"{table.name}.csv" for table in tables)}
-    for kind in ("*.png", "table?.csv", "differences.csv", "bounds*.csv", "attacks-*.csv", "distances.csv"):
-        for old in path.glob(kind):
-            old.unlink() if old.name not in ours else None  # of an evaluation with other options
-    for table in tables:
-        replace(path / f"{table.name}.csv", table_csv(table))
-    replace(path / "report.md", "\n".join(parts).encode())
+    files, parts = {}, [preamble(targets, world)]
+    for table in tables_of(targets):
+        files[f"{table.name}.csv"] = as_csv(table.columns, table.rows)
+        parts.append(table.markdown)
+    figures = {"errors": (error_figure, targets), "bounds": (bounds_figure, targets)}
+    if not targets[1:]:
+        figures |= {f"adversarial-{norm}": (adversarial_figure, *targets, norm) for norm in targets[0].norms}
+    for name, (draw, *given) in figures.items():
+        if figure := draw(*given):
+            files[f"{name}.png"] = png(figure)
+            parts.append(f"![{name}]({name}.png)\n\n{draw.__doc__}\n")
+    files["report.md"] = "\n".join(parts).encode()
+    for old in [old for old in path.iterdir() if re.fullmatch(WRITTEN, old.name) and old.name not in files]:
+        old.unlink()  # of an evaluation with other options
+    for name, content in files.items():
+        replace(path / name, content)
 
 
-def introduce(target: Target, settings: Settings, console: Console) -> None:
-    """Say what will be measured, and whether an evaluation is there of other weights."""
-    images, rest = len(target.rows["evaluation"]), len(target.rows["calibration"])
-    some = f" (half of the {len(target.source):,} there are)" if images < settings.images else ""
-    others = f", {rest:,} others to calibrate with" if rest else ""
-    console.print(f"{target.name}: {images:,} images of {target.dataset}{some}{others}")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        before = json.loads((target.path / "summary.json").read_text(encoding="utf-8"))
-        if before["network"] != target.fingerprint:
-            step = f"step {before['checkpoint_step']}" if before["checkpoint_step"] else before["network"]
-            console.print(f"{target.path}: the evaluation in it is of other weights ({step}); now {target.version}")
-
-
-def publish(evaluations: list[Evaluation], together: Path, world: World) -> None:
-    """Write each network's report and, of several, one on all of them; show one table on the terminal."""
-    for evaluation in evaluations:
-        path = evaluation.target.path
-        write_report([evaluation], path, world)
-        replace(path / "images.csv", images_csv(evaluation))
-        replace(path / "summary.json", json.dumps(summary(evaluation), indent=2, allow_nan=False).encode())
-    if len(evaluations) > 1:
-        write_report(evaluations, together, world)
+def publish(targets: list[Target], together: Path, world: World) -> None:
+    """Write each network's report and, of several, one on all of them; show what was measured on the terminal."""
+    for target in targets:
+        write_report([target], target.path, world)
+        replace(target.path / "images.csv", images_csv(target))
+        replace(target.path / "summary.json", json.dumps(summary(target), indent=2, allow_nan=False).encode())
+    if len(targets) > 1:
+        write_report(targets, together, world)
     if not world.console.is_terminal:
         world.console.width = max(world.console.width, 140)
-    show(summary_table(evaluations).turned, world.console)
-    for note in notes(evaluations):
-        world.console.print(note)
-    world.console.print(f"report: {together / 'report.md'}")
+    for norm in targets[0].norms:
+        summary_table(targets, norm).show(world.console)
+    for line in [*notes(targets), f"report: {together / 'report.md'}"]:
+        world.console.print(line)
