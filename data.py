@@ -443,7 +443,7 @@ class Data:
                 sides.append(min(image.size))
         return int(np.median(sides or self.train.size))
 
-    def at(self, *, size: int, min_scale: float, rectangular: bool, cutout: bool = True) -> "Data":
+    def at(self, *, size: int, min_scale: float, rectangular: bool = False, cutout: bool = True) -> "Data":
         """The same images at another size; images held in memory stay as they are, augmented with or without cutout.
 
         Training shows random resized crops of at least min_scale of an image's area; the test images are evaluated in

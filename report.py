@@ -197,7 +197,7 @@ RECIPES = {
     "cifar10": {"model": ("resnext34-authors",), "epochs": (200,), "batch_size": (128,), "lr": (0.1,)},
     "imagenet": {"model": ("resnet50",), "epochs": (29,), "penalty_space": ("normalized",)},
 }
-COMMON = {"activation": ("relu",), "central": (False,), "subset": (None,)}
+COMMON = {"activation": ("relu",), "central": (None, False), "subset": (None,)}
 COMMON |= {"unsquared": (None, False), "init": (None,), "size": (None,)}  # runs of before have none
 COMMON |= {"recipe": (None, "paper"), "statistics": (None, "batch"), "lam_warmup": (None, 0.0)}
 COMMON |= {"penalty_share": (None, 1.0), "penalty_from": (None, 0.0)}
