@@ -17,7 +17,6 @@ Exit codes: 0 finished, 1 failed, 2 bad usage, 3 diverged, 128 + a signal: 130 C
 # ruff: noqa: E402 (torch, which takes seconds to import, comes after --help)
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -73,8 +72,7 @@ class Phase:
 class Options:
     """What makes a run: the command line, RECIPES, config.json and a resumed run share it.
 
-    The defaults are the paper's CIFAR-10 recipe (on its own network with --model resnext34-authors); lengths are in
-    pixels of range 0 to 1.
+    The defaults are the paper's CIFAR-10 recipe (its network: --model resnext34-authors); lengths in pixels, 0 to 1.
     """
 
     dataset: str = "cifar10"  # or digits, or imagenet, or the absolute path of a folder
@@ -261,8 +259,10 @@ class Trainer:
         self.layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         for line in models.changed_since(config, path):
             self.run.warn(line)
-        network = models.from_config(config).to(world.device, memory_format=self.layout)
-        self.network = in_training(network, self.options)
+        self.network = models.from_config(config).to(world.device, memory_format=self.layout).train()
+        for module in self.network.modules():
+            if self.options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # it uses its running statistics, and keeps them
         how = {"momentum": 0.9, "nesterov": self.options.nesterov}
         self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, **how)
         workers = min(8, max(1, (os.cpu_count() or 1) // world.size))  # threads that decode large images
@@ -345,9 +345,7 @@ class Trainer:
         images = self.images.at(size=phase.size, min_scale=phase.min_scale, cutout=self.options.cutout)
         self.train_images, self.test_images = images.train.to(self.world.device), images.test.to(self.world.device)
         if len(self.plan.phases) > 1:
-            what = f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step"
-            self.run.event("phase", what)
-            self.world.console.print(what)
+            self.run.event("phase", f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step")
 
     def save(self) -> None:
         """Write a checkpoint: the main process does.  There are no random states in it: `chance` is a pure function."""
@@ -373,14 +371,11 @@ class Trainer:
 
 
 class Plan:
-    """Which epoch, phase and learning rate a step has: functions of the step alone, so that any step can be the first.
-
-    With m replays (the free baseline) each batch is m steps.  Raises Failure for batches that cannot be shared.
-    """
+    """Which epoch, phase, learning rate and weight a step has: functions of the step alone, so any can be first."""
 
     def __init__(self, options: Options, images: int, processes: int = 1):
         self.options, self.phases, self.schedule = options, options.phases, options.schedule
-        self.replays = options.replays if options.method == "free" else 1
+        self.replays = options.replays if options.method == "free" else 1  # steps on each batch
         for phase in self.phases:
             if phase.batch_size > images:
                 few = f"there are only {images} training images: give {images} or less"
@@ -419,14 +414,6 @@ class Plan:
         return self.options.lam * min(1.0, self.epoch(step) / warmup if warmup else 1.0)
 
 
-def in_training(network: nn.Module, options: Options) -> nn.Module:
-    """The network in training mode, but for batch normalization where it uses and keeps its running statistics."""
-    for module in network.train().modules():
-        if options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return network
-
-
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Context: the network in evaluation mode, and afterwards each module in the mode that it was in."""
@@ -458,19 +445,12 @@ def set_precision(options: Options) -> None:
         torch.set_num_threads(1)  # too small to share: on a busy machine threads that wait for each other crawl
 
 
-# --- the baselines that the paper compares with -----------------------------------------------------------
-
-
 def training_inputs(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
-    """What the network is trained on: the images, or what a baseline makes of them.
-
-    free (Shafahi et al. 2019): each backward pass updates weights and perturbation, which outlives the batch.
-    """
+    """What the network is trained on: the images, or what a baseline makes of them."""
     options, world = trainer.options, trainer.world
-    if options.method == "free":  # a leaf that collects its gradient
-        if trainer.delta.shape != images.shape:
-            trainer.delta = torch.zeros_like(images)
-        trainer.delta = trainer.delta.to(images.device)
+    if options.method == "free":  # Shafahi et al. (2019): each backward pass updates weights and perturbation
+        kept = trainer.delta.shape == images.shape  # it outlives the batch
+        trainer.delta = trainer.delta.to(images.device) if kept else torch.zeros_like(images)
         return (images + trainer.delta).clamp(0, 1).requires_grad_()
     if options.method not in {"noise", "at"}:
         return images
@@ -480,28 +460,21 @@ def training_inputs(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
     if options.method == "noise":
         return images + options.sigma * torch.randn(everyones.shape, generator=generator, device=images.device)[mine]
     world.share_buffers(trainer.network)  # which the attack sees: as after a resume, the main one's
-    starts = images + options.eps * gradreg.uniform_ball(everyones, options.norm, generator)[mine]
-    return adversarial(trainer.network, images, labels, starts, options)
-
-
-def adversarial(network: nn.Module, images: Tensor, labels: Tensor, starts: Tensor, options: Options) -> Tensor:
-    """Images for adversarial training (Madry et al. 2018): PGD on the loss, from `starts`, kept in [0, 1].
-
-    The network is in evaluation mode meanwhile, so that the attack leaves the running statistics alone.  The
-    step is eps/4 for the seven steps of the paper: 2/255 for an eps of 8/255, as in Madry et al.
-    """
-    how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps}
-    how["step_size"] = 1.75 * options.eps / options.attack_steps
-    with evaluating(network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
-        return attacks.pgd(network, images, labels, loss=cross_entropy, start=starts, **how)
+    start = images + options.eps * gradreg.uniform_ball(everyones, options.norm, generator)[mine]
+    # Madry et al. (2018): PGD from there, kept in [0, 1].  The step is eps/4 for the seven steps of the paper.
+    how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps, "loss": cross_entropy}
+    how |= {"start": start, "step_size": 1.75 * options.eps / options.attack_steps}
+    # In evaluation mode, so that the attack leaves the running statistics alone.
+    with evaluating(trainer.network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+        return attacks.pgd(trainer.network, images, labels, **how)
 
 
 # --- what surrounds the steps: records, lines, stops ------------------------------------------------------
 
 LOG_EVERY = 10  # steps between two records
+PROBE_IMAGES = 200  # test images attacked after each epoch: the first in a fixed random order
 LINES = 20  # epochs of a run that are printed, about
 PATIENCE = 5.0  # seconds, about, between two times that the processes ask each other whether to stop, at most
-LARGE_ROUNDING = 5.0  # percent, of the difference quotient, that make a warning
 
 
 class Watch:
@@ -569,7 +542,7 @@ class Watch:
         self.ask_every = max(1, min(LOG_EVERY, int(PATIENCE * images / seconds / trainer.phase.batch_size)))
 
     def after_epoch(self, fields: dict[str, Any]) -> None:
-        """The epoch's record, some epochs' lines, and a warning where the difference quotient has lost its digits."""
+        """The epoch's record, and some epochs' lines."""
         trainer, step = self.trainer, self.trainer.fields
         self.run.record("epoch", **fields, seconds=round(trainer.seconds, 3))
         self.require_finite(fields["test_loss"], "test loss")
@@ -578,12 +551,9 @@ class Watch:
         errors = f"error {fields['clean_error_pct']:.2f} %{top5}  attacked {fields['attacked_error_pct']:.1f} %"
         self.show(trainer.step, description=f"{self.run.path.name}  {errors}")
         if epoch % math.ceil(epochs / LINES) == 0 or epoch == epochs:
-            self.world.console.print(
-                f"epoch {epoch}/{epochs}  loss {step['loss']:.4f}  penalty {step['penalty']:.4f}"
-                f"  gradient {step['grad_norm_mean']:.3f}  {errors}  {step['images_per_s']:,.0f} images/s"
-            )
-        if (rounding := fields.get("fd_rounding_pct") or 0) > LARGE_ROUNDING:
-            self.run.warn(f"rounding is {rounding:.0f} % of the finite difference: choose a larger --h")
+            seen = f"loss {step['loss']:.4f}  penalty {step['penalty']:.4f}  gradient {step['grad_norm_mean']:.3f}"
+            speed = f"{step['images_per_s']:,.0f} images/s"
+            self.world.console.print(f"epoch {epoch}/{epochs}  {seen}  {errors}  {speed}")
 
     def ask(self, *, may_save: bool = True) -> None:
         """All processes together: name unreadable images, stop if any was told to, or save if that is due."""
@@ -628,40 +598,24 @@ class Watch:
             raise Failure(f"diverged: the {what} is not finite at step {self.trainer.step}; {advice}", 3)
 
 
-# --- evaluation after each epoch --------------------------------------------------------------------------
-
-PROBE_IMAGES = 200  # test images attacked after each epoch, always the same
-
-
 def evaluate(trainer: Trainer) -> dict[str, Any]:
-    """The fields of an "epoch" record: the whole test set clean, and the same few images of it attacked.
-
-    Raises Failure, in all processes, where one of them is told to stop before all images have been looked at.
-    """
-    batch_size = min(256, 4 * trainer.at_once)
-    batches = data.evaluation_batches(trainer.test_images, batch_size=batch_size, **trainer.share)
-    loss, error, top5_error = losses_and_errors(trainer.network, trainer.watch.until_told(batches), trainer.world)
-    fields = {"test_loss": loss, "clean_error_pct": error}
-    fields |= {"top5_error_pct": top5_error} if trainer.config["classes"] > 10 else {}
-    return fields | probe(trainer) if math.isfinite(loss) else fields
-
-
-def probe(trainer: Trainer) -> dict[str, Any]:
-    """What PGD, the margin loss and float64 say of the first PROBE_IMAGES test images in a fixed random order."""
+    """The fields of an "epoch" record: all test images clean, the same few attacked.  Failure where told to stop."""
     network, world, test, few = trainer.network, trainer.world, trainer.test_images, trainer.at_once
     norm, eps, radii = (trainer.config[name] for name in ("attack_norm", "attack_eps", "omega_eps"))
+    batches = data.evaluation_batches(test, batch_size=min(256, 4 * few), **trainer.share)
+    loss, error, top5_error = losses_and_errors(network, trainer.watch.until_told(batches), world)
+    fields = {"test_loss": loss, "clean_error_pct": error}
+    fields |= {"top5_error_pct": top5_error} if trainer.config["classes"] > 10 else {}
+    if not math.isfinite(loss):
+        return fields
     mine = data.order(len(test), seed=0, epoch=2)[:PROBE_IMAGES][world.rank :: world.size]
     images, labels = data.fetch(test, mine, world.device, problems=trainer.watch.unreadable)
     parts = list(zip(images.split(few), labels.split(few), strict=True))
-    fields = {"attacked_error_pct": losses_and_errors(network, parts, world, norm=norm, eps=eps, steps=10)[1]}
+    fields["attacked_error_pct"] = losses_and_errors(network, parts, world, norm=norm, eps=eps, steps=10)[1]
     looked = [(bounds.omega_statistics(network, *part, norm=norm, eps=radii), len(part[1])) for part in parts]
     *omega, largest = world.max(torch.tensor([[*some.omega, some.grad_norm_max] for some, _ in looked]).amax(0))
-    total, count = world.sum(torch.tensor([[some.grad_norm_mean * n, n] for some, n in looked]).double().sum(0))
-    fields |= {"margin_grad_norm_mean": total / count, "omega": omega, "margin_grad_norm_max": largest}
-    if trainer.options.method == "fd":
-        some = min(32, max(1, few // 4))  # in float64 they need twice the memory, and more
-        fields["fd_rounding_pct"] = fd_rounding(network, images[:some], labels[:some], trainer.options)
-    return fields
+    total, count = world.sum(torch.from_numpy(np.sum([[some.grad_norm_mean * n, n] for some, n in looked], 0)))
+    return fields | {"margin_grad_norm_mean": total / count, "omega": omega, "margin_grad_norm_max": largest}
 
 
 def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **ball: Any) -> tuple[float, float, float]:
@@ -685,21 +639,6 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
     return loss / count, 100 * wrong / count, 100 * wrong5 / count
 
 
-def fd_rounding(network: nn.Module, images: Tensor, labels: Tensor, options: Options) -> float | None:
-    """How far the difference quotient is from itself in float64, in percent: what cancellation costs.
-
-    None where the gradient is zero, and for a stranger's network that cannot compute in float64.
-    """
-    objective = Objective(network, options, amp=False)
-    try:
-        doubled = copy.deepcopy(objective).double()(images.double(), labels).penalties
-    except Exception:
-        return None
-    power = 1.0 if options.unsquared else 0.5
-    found, exact = (p.detach().double() ** power for p in (objective(images, labels).penalties, doubled))
-    return 100 * ((found - exact).abs().sum() / exact.sum()).item() if exact.any() else None
-
-
 # --- options, from those given and a recipe ---------------------------------------------------------------
 
 FORMAT = 2  # of config.json and checkpoint.pt
@@ -707,6 +646,7 @@ MAY_CHANGE = {"data_dir", "checkpoint_minutes"}  # when a run goes on
 GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1}  # options of before, as all runs are
 LINF_RADII = {"digits": [0.03, 0.06, 0.1], "cifar10": [2 / 255, 4 / 255, 8 / 255]}
 LINF_RADII["imagenet"] = [1 / 255, 2 / 255, 4 / 255]
+NAMES = {"none": "", "noise": "-sigma{sigma:g}", "at": "-{norm}-eps{eps:.3g}", "free": "-m{replays}-eps{eps:.3g}"}
 LIMITS = {"seed": 2**64 - 1, "epochs": 10**5, "size": 4096, "penalty_share": 1}
 
 
@@ -714,14 +654,14 @@ def check_given(given: dict[str, Any]) -> None:
     """Raise Failure for an option that is not finite, too small or too large, or that its method does not have."""
     method = given.get("method", Options.method)
     for f in fields(Options):
-        value, of, least = given.get(f.name), f.metadata.get("of"), 0 if f.name in {"lam", "seed"} else 1e-300
+        value, of, zero = given.get(f.name), f.metadata.get("of"), f.name in {"lam", "seed"}
         if value is not None and of and method not in of:
-            what = f"means nothing to --method {method}, only to {', '.join(of)}: leave it out"
-            raise Failure(f"{flag(f.name)} {what}", 2)
+            means = f"means nothing to --method {method}, only to {', '.join(of)}"
+            raise Failure(f"{flag(f.name)} {means}: leave it out", 2)
         if isinstance(value, int | float):
             most = LIMITS.get(f.name, math.inf if isinstance(value, float) else 10**9)
-            if not least <= value < math.inf:
-                raise Failure(f"{flag(f.name)} must be {'positive' if least else '0 or more'}, not {value}", 2)
+            if not 0 <= value < math.inf or not (value or zero):
+                raise Failure(f"{flag(f.name)} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
                 raise Failure(f"{flag(f.name)} must be at most {most}, not {value}", 2)
 
@@ -827,6 +767,8 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
         network = models.from_config(config)
     if options.init:
         notes = models.initialise(network, options.init, classes=config["classes"], new_head=options.new_head)
+    if options.method == "fd" and options.h < 1e-3:
+        notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if stranger:
         notes += try_out(network.to(world.device), options, images, world)
     config |= {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
@@ -840,7 +782,7 @@ def try_out(network: nn.Module, options: Options, images: data.Data, world: Worl
     try:
         notes = [models.check_output(network.eval(), x, len(images.classes))]
         with models.one_line("a training step fails"):
-            if odd := models.complaint(in_training(network, options)(x), len(x), len(images.classes)):
+            if odd := models.complaint(network.train()(x), len(x), len(images.classes)):
                 raise models.Unusable(f"in training mode {odd}")
             if not any(weight.requires_grad for weight in network.parameters()):
                 raise models.Unusable("it has no weights that can be trained (requires_grad is False)")
@@ -866,12 +808,11 @@ def options_of(config: dict[str, Any]) -> Options:
     """The options of a run, from its config.  Raises Failure for those of another version of this project."""
     try:
         known = {name: value for name, value in config["options"].items() if (name, value) not in GONE.items()}
-        known.pop("workers", None)
         known["schedule"] = tuple(map(tuple, known["schedule"]))
         known["phases"] = tuple(Phase(*(phase[f.name] for f in fields(Phase))) for phase in known["phases"])
         if config["format"] != FORMAT or known["method"] == "jvp":
             raise ValueError
-        return Options(**known)
+        return Options(**{name: value for name, value in known.items() if name != "workers"})
     except (KeyError, TypeError, ValueError):
         name = config.get("name")
         raise Failure(f"{name}: begun with another version of this project, which has to end it", 2) from None
@@ -879,28 +820,24 @@ def options_of(config: dict[str, Any]) -> Options:
 
 def introduce(trainer: Trainer) -> None:
     """What is trained, how, on what, at which cost, in one line."""
-    options, images, steps = trainer.options, trainer.images, trainer.plan.total - trainer.step
+    options, images, plan = trainer.options, trainer.images, trainer.plan
     own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
     how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and (k, v) != ("penalty_share", 1)]
-    how += [name for name, value in own.items() if value is True]
-    weights = sum(parameter.numel() for parameter in trainer.network.parameters())
-    sides = [images.short_side] if images.small else [phase.size for phase in options.phases]
-    sides, start = ", ".join(map(str, dict.fromkeys(sides))), f" from {options.init}" if options.init else ""
-    # Units of work beside the three of a plain step.
-    extra = {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0) * options.penalty_share
+    how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
+    weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
+    sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
+    extra = {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0)
+    cost = 1 + extra * options.penalty_share / 3  # a plain step has three units of work
     trainer.world.console.print(
-        f"{trainer.run.path.name}: {', '.join([options.method, options.norm, *how])}; {options.model}, {weights:,}"
-        f" parameters{start}; {options.dataset}, {len(images.train):,} training and {len(images.test):,} test images,"
-        f" {len(images.classes)} classes, {sides} pixels a side; {steps:,} steps of {options.batch_size} images,"
-        f" {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {1 + extra / 3:.3g} plain"
+        f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
+        f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"
+        f" {', '.join(map(str, sides))} pixels a side; {plan.total - trainer.step:,} steps of {options.batch_size}"
+        f" images, {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {cost:.3g} plain"
     )
 
 
 def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World, name: str | None = None) -> Trainer:
-    """Train a new run to its end; or go on with one that the same command began.
-
-    Images are grey where a user's network takes only these.  Raises Failure.
-    """
+    """Train a new run to its end, or go on with one that the same command began; in grey if the network needs that."""
     try:
         config = describe(resolve(given, images, world), images, world)
     except models.Unusable:
@@ -921,12 +858,9 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     Raises Failure where `name` is taken by a run with other options, or by anything else.
     """
     options = options_of(config)
-    eps, tuned = f"eps{options.eps:.3g}", ["tuned"] * bool(options.init)
-    kinds = {"none": [], "noise": [f"sigma{options.sigma:g}"], "at": [options.norm, eps]}
-    kinds["free"] = [f"m{options.replays}", eps]
-    kind = kinds.get(options.method, [*["unsquared"] * options.unsquared, options.norm, f"lam{options.lam:g}"])
-    recipe = [Path(options.dataset).name, *["fast"] * (options.recipe == "fast"), options.method]
-    default = "-".join([*recipe, *kind, *tuned, f"seed{options.seed}"])
+    kind = NAMES.get(options.method, "-unsquared" * options.unsquared + "-{norm}-lam{lam:g}").format_map(vars(options))
+    recipe, tuned = "-fast" * (options.recipe == "fast"), "-tuned" * bool(options.init)
+    default = f"{Path(options.dataset).name}{recipe}-{options.method}{kind}{tuned}-seed{options.seed}"
     again = [path for path in root.glob(f"{default}*") if config_at(path).get("launch") == config["launch"]]
     for path in [root / name] if name else again * bool(world.restarts):
         if theirs := config_at(path):
@@ -956,13 +890,9 @@ def located(dataset: str, data_dir: str | Path | None) -> dict[str, str | None]:
 
 
 def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | None = None) -> Trainer:
-    """Take a run to its end, from its newest whole checkpoint if it has one.
-
-    Raises Failure where another job works on it, or where its data is not what it was.
-    """
+    """Take a run to its end, from its newest whole checkpoint if it has one.  Raises Failure where it cannot be."""
     with runs.owned(path, world):
-        saved = list(path.glob("checkpoint*.pt"))
-        state, warning = runs.Checkpoints(path, world).load() if saved else (None, None)
+        state, warning = runs.Checkpoints(path, world).load() if any(path.glob("checkpoint*.pt")) else (None, None)
         config = state["config"] if state else config_at(path)
         options = replace(options_of(config), **changed)
         place = changed.get("data_dir") or data.stored_place(config["options"])
@@ -1044,20 +974,14 @@ def main(**options: Any) -> None:
         if not alone and (name or given.get("method") in {"none", "noise"}):
             raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
         given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
-        given = trained_before(given, world) | given
+        run = runs.resolve(Path(given["init"])) if "init" in given else None
+        if run and (config := config_at(run)):  # it knows its network
+            for line in models.changed_since(config, run) if "model" not in given else ():
+                world.console.print(f"warning: {line}")
+            given = {key: config["options"][key] for key in ("model", "activation")} | given
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
         images = load_images(given)
         (partial(begin, name=name) if alone else compare)(given, root=root, images=images, world=world)
-
-
-def trained_before(given: dict[str, Any], world: World) -> dict[str, Any]:
-    """Network and activation of the run that --init names, if any.  Raises Unusable as `models.changed_since`."""
-    run = runs.resolve(Path(given.get("init", "")))
-    config = config_at(run) if "init" in given else {}
-    known = {k: v for k, v in config.get("options", {}).items() if k in ("model", "activation") and isinstance(v, str)}
-    for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
-        world.console.print(f"warning: {line}")
-    return known
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import data
 import models
 import runs
 import train
-from gradreg import Penalised, cross_entropy, dual_norm, fd_penalty, input_gradient, uniform_ball
+from gradreg import Penalised, cross_entropy, dual_norm, fd_penalty, input_gradient
 
 IMAGENET = train.RECIPES["imagenet"]
 
@@ -215,14 +215,14 @@ def small(classes=4, channels=3, *, norm=True):
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_adversarial_images_are_in_the_ball_and_worse(norm):
-    network, eps = small().train(), {"l2": 0.5, "linf": 0.05}[norm]
+def test_adversarial_images_are_in_the_ball_and_worse(tmp_path, norm):
+    eps = {"l2": 0.5, "linf": 0.05}[norm]
+    trainer = trainer_of(tmp_path, small, world=runs.World("cpu"), method="at", norm=norm, eps=eps)
+    network = trainer.network.float()
     images, labels = torch.rand(20, 3, 6, 6), torch.arange(20) % 4
     images[0] = 0  # in a corner of [0, 1]
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    options = train.Options(method="at", norm=norm, eps=eps)
-    starts = images + eps * uniform_ball(images, norm, torch.Generator().manual_seed(0))
-    found = train.adversarial(network, images, labels, starts, options)
+    found = train.training_inputs(trainer, images, labels)
     lengths = attacks.distance(images, found, norm)
     assert lengths.max() <= eps
     assert lengths.mean() > 0.7 * eps
