@@ -276,8 +276,8 @@ class Trainer:
             group["lr"] = self.rate
         inputs = training_inputs(self, images, labels)
         torch.manual_seed(self.chance(1 + self.world.rank))  # from here random layers draw
-        out = self.objective(inputs, labels)
         self.optimizer.zero_grad(set_to_none=True)
+        out = self.objective(inputs, labels)
         out.objective(self.lam).backward()
         self.optimizer.step()
         if self.options.method == "free":  # one step up the loss; what lies beyond [0, 1] has gradient 0, and stays
@@ -721,14 +721,13 @@ def stretch(recipe: Options, options: Options, *, fit: bool = False, size: int |
     Each phase has at least one epoch; where there are fewer epochs than phases, the last phases are left out.
     fit: batches are as the recipe's, but never larger than the first.
     """
-    rows, phases, epochs, batch_size = [], recipe.phases, options.epochs, options.batch_size
-    for i, phase in enumerate(phases):
-        start = round(phase.epoch * epochs / recipe.schedule[-1][0])
-        start = min(max(start, i), max(epochs - len(phases) + i, i))
-        scaled = max(1, round(phase.batch_size * batch_size / phases[0].batch_size))
-        rows.append(replace(phase, epoch=start, batch_size=min(phase.batch_size, batch_size) if fit else scaled))
+    rows, epochs, scale = [], options.epochs, options.batch_size / recipe.phases[0].batch_size
+    for i, phase in enumerate(recipe.phases):
+        start = max(round(phase.epoch * epochs / recipe.schedule[-1][0]), i)
+        start = min(start, max(epochs - len(recipe.phases) + i, i))
+        batch_size = min(phase.batch_size, options.batch_size) if fit else max(1, round(phase.batch_size * scale))
+        rows.append(replace(phase, epoch=start, batch_size=batch_size, size=min(phase.size, size or phase.size)))
     *first, last = (phase for phase in rows if phase.epoch < epochs)
-    first = [replace(phase, size=min(phase.size, size or phase.size)) for phase in first]
     return *first, replace(last, size=size or last.size)
 
 
@@ -980,8 +979,7 @@ def main(**options: Any) -> None:
                 world.console.print(f"warning: {line}")
             given = {key: config["options"][key] for key in ("model", "activation")} | given
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
-        images = load_images(given)
-        (partial(begin, name=name) if alone else compare)(given, root=root, images=images, world=world)
+        (partial(begin, name=name) if alone else compare)(given, root=root, images=load_images(given), world=world)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import data
 import runs
 import train
 
-# A penalty that begins late was measured with an earlier version, which had an option for it: results/cheaper-digits.md.
+# A penalty that begins late was measured with an earlier version that had it: results/cheaper-digits.md.
 SAVINGS: dict[str, dict[str, Any]] = {
     "no penalty": {"method": "none"},
     "everything (Algorithm 1)": {},
