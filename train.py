@@ -643,7 +643,7 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
 
 FORMAT = 2  # of config.json and checkpoint.pt
 MAY_CHANGE = {"data_dir", "checkpoint_minutes"}  # when a run goes on
-GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1}  # options of before, as all runs are
+GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1}  # options of before: such runs go on
 LINF_RADII = {"digits": [0.03, 0.06, 0.1], "cifar10": [2 / 255, 4 / 255, 8 / 255]}
 LINF_RADII["imagenet"] = [1 / 255, 2 / 255, 4 / 255]
 NAMES = {"none": "", "noise": "-sigma{sigma:g}", "at": "-{norm}-eps{eps:.3g}", "free": "-m{replays}-eps{eps:.3g}"}

@@ -812,6 +812,14 @@ def test_a_warm_up_of_lambda_is_what_is_added_to_the_loss(monkeypatch, tmp_path)
     assert [r["lam"] for r in steps] == pytest.approx([0.8 * min(1, (r["step"] - 1) / 30) for r in steps])
 
 
+def test_a_step_that_costs_digits_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    small = ["digits", "--subset", 20, "--batch-size", 10, "--epochs", 1, "--runs", tmp_path]
+    for h, said in (("1e-4", True), ("1e-3", False)):
+        assert command(monkeypatch, *small, "--h", h) == 0
+        assert ("warning: --h 0.0001: float32 loses digits" in capsys.readouterr().out) == said
+
+
 def test_an_unreadable_image_is_named(monkeypatch, tmp_path, pictures, capsys):
     (pictures / "train/dog/0.png").write_bytes(b"nothing")
     assert command(monkeypatch, pictures, "--runs", tmp_path / "runs") == 2
