@@ -17,7 +17,6 @@ Exit codes: 0 finished, 1 failed, 2 bad usage, 3 diverged, 128 + a signal: 130 C
 # ruff: noqa: E402 (torch, which takes seconds to import, comes after --help)
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -67,72 +66,55 @@ class Phase:
     batch_size: int  # images a step, over all processes
     size: int = 224  # pixels a side; images that are held in memory stay as they are
     min_scale: float = 0.08  # least share of an image's area in a random crop
-    rectangular: bool = False  # whether test images are shown in rectangles
 
 
 @dataclass(frozen=True)
 class Options:
     """What makes a run: the command line, RECIPES, config.json and a resumed run share it.
 
-    The defaults are the paper's CIFAR-10 recipe (on its own network with --model resnext34-authors); lengths are in
-    pixels of range 0 to 1.
+    The defaults are the paper's CIFAR-10 recipe (its network: --model resnext34-authors); lengths in pixels, 0 to 1.
     """
 
     dataset: str = "cifar10"  # or digits, or imagenet, or the absolute path of a folder
-    method: Literal["fd", "exact", "jvp", "none", "noise", "at", "free"] = penalty(
-        "fd", "finite differences (Algorithm 1), double backpropagation, forward mode; no penalty; or a baseline:"
-        " Gaussian noise, adversarial training, free adversarial training"
+    method: Literal["fd", "exact", "none", "noise", "at", "free"] = penalty(
+        "fd", "finite differences (Algorithm 1), double backpropagation; none, or a baseline (docs/training.md)"
     )  # fmt: skip
-    norm: Literal["l2", "linf", "l1"] = penalty("l2", "the attacks to defend against (l2; at and free: linf)")
+    norm: Literal["l2", "linf", "l1"] = penalty("l2", "the attacks to defend against; for at and free linf")
     # The smaller of the paper's two weights, 0.1 and 1.
-    lam: float = penalty(0.1, "lam/2 times the mean penalty is added to the loss", of="fd exact jvp")
+    lam: float = penalty(0.1, "lam/2 times the mean penalty is added to the loss", of="fd exact")
     # The paper's: 1e-3 already costs digits in float32.
     h: float = penalty(0.01, "step of the difference, in the penalty's coordinates", of="fd")
-    central: bool = penalty(False, "central differences, for one more forward pass", of="fd")
-    unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact jvp")
-    lam_warmup: float = penalty(0.0, "epochs in which lam rises from 0, linearly", of="fd exact jvp")
-    penalty_space: Literal["pixel", "normalized"] = penalty(
-        "pixel", "coordinates of gradient and step: as given, or behind the network's first layer", of="fd exact jvp"
-    )
-    penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact jvp")
-    penalty_from: float = penalty(0.0, "share of the training before the penalty begins", of="fd exact jvp")
+    unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact")
+    penalty_space: Literal["pixel", "normalized"] = penalty("pixel", "coordinates of gradient and step", of="fd exact")
+    penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact")
     # Madry et al. (2018), Shafahi et al. (2019), Cohen et al. (2019); docs/training.md says how the paper's own differ.
     eps: float = baseline(8 / 255, "radius; 8/255 is understood", of="at free", parser=fraction)
     attack_steps: int = baseline(7, "PGD steps, each of 1.75 eps / steps", of="at")
     replays: int = baseline(8, "steps on each batch, m; divides the recipe's epochs", of="free")
     sigma: float = baseline(0.25, "standard deviation", of="noise")
-    recipe: Literal["paper", "fast"] = training("paper", "fast: for small colour images and two CPU cores", of="")
-    model: str = training(
-        "resnext34", "cnn, resnext34, resnext34-authors, resnet9, resnet9-narrow, resnet50, torchvision:NAME, or yours:"
-        " FILE.py:FACTORY", metavar="NAME"
-    )  # fmt: skip
+    recipe: Literal["paper", "fast"] = training("paper", "fast: for small colour images and two CPU cores")
+    model: str = training("resnext34", "one of models.py, torchvision:NAME, or yours: FILE.py:FACTORY")
     init: str | None = training(None, "fine-tune these weights: .pt, .pth, .safetensors, or a run", metavar="WEIGHTS")
     new_head: bool = training(False, "leave out of them a last layer for another number of classes")
-    statistics: Literal["batch", "running"] = training(
-        "batch", "of batch normalization; the running ones stay as they are"
-    )
     activation: Literal["relu", "gelu", "silu", "celu"] = training("relu", "in the place of every ReLU")
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
-    accumulate: int = training(1, "parts in which a process takes its share of a batch, for small devices")
     lr: float = training(0.1, "first learning rate; scales the schedule")
-    amp: bool = training(False, "bfloat16 where no digits cancel (not for exact)", of="fd jvp none noise at free")
+    amp: bool = training(False, "bfloat16 where no digits cancel", of="fd none noise at free")
     channels_last: bool = training(False, "memory layout, faster on recent GPUs with --amp")
-    compile: bool = training(False, "torch.compile the network (not for exact, jvp)", of="fd none noise at free")
-    size: int | None = training(
-        None, "pixels a side of images that are decoded from files (a folder: their own, up to 224)"
-    )
+    size: int | None = training(None, "pixels a side of large images; a folder's: their own, up to 224")
     seed: int = training(0, "of weights, order, augmentation, noise and random layers")
-    subset: int | None = training(None, "train on N images and test on at most N (all)")
+    subset: int | None = training(None, "train on N images and test on at most N")
     split: float = training(0.0, "share of a folder's images to keep for testing, where it has no test/ or val/")
-    data_dir: str | None = placed(None, "where the images are (data)", metavar="DIR")
-    workers: int | None = placed(None, "threads that decode large images (one a core, up to 8)")
+    data_dir: str | None = placed(None, "where the images are; data, if not given", metavar="DIR")
     checkpoint_minutes: float = placed(10.0, "between checkpoints inside an epoch: what a power cut may cost")
     # Not on the command line.  schedule: epoch, learning rate there, and at the next row; linear in between.
     schedule: tuple[tuple[float, float, float], ...] = (
         *((0, 0.1, 0.1), (60, 0.02, 0.02), (120, 0.004, 0.004), (160, 0.0008, 0.0008), (200, 0, 0)),
     )
     phases: tuple[Phase, ...] = (Phase(0, 0, 128),)
+    lam_warmup: float = 0.0  # epochs in which lam rises from 0, linearly
+    statistics: str = "batch"  # of batch normalization; or running, which then stay as they are
     weight_decay: float = 5e-4
     decay_biases: bool = True
     nesterov: bool = False
@@ -149,7 +131,7 @@ class Command(Options):
     runs: str = placed("runs", "where runs are kept", metavar="DIR")
     name: str | None = placed(None, "of a new run; the same command again goes on with it", metavar="NAME")
     resume: str | None = placed(None, "go on with this run, with its own options", metavar="RUN")
-    device: str | None = placed(None, "cpu, cuda or cuda:N (cuda where there is one)", metavar="NAME")
+    device: str | None = placed(None, "cpu, cuda or cuda:N; cuda, where there is one", metavar="NAME")
 
 
 # fmt: off
@@ -167,7 +149,7 @@ RECIPES = {
     "imagenet": Options(  # the authors' sizes, batches (of four GPUs) and rates; lam and h in their coordinates
         dataset="imagenet", eps=4 / 255, penalty_space="normalized", model="resnet50", epochs=29, batch_size=512,
         lr=0.25, weight_decay=1e-4, decay_biases=False,
-        phases=(Phase(0, 0, 512, 128), Phase(15, 15, 192, 224, 0.087), Phase(28, 28, 128, 288, 0.5, True)),
+        phases=(Phase(0, 0, 512, 128), Phase(15, 15, 192, 224, 0.087), Phase(28, 28, 128, 288, 0.5)),
         schedule=((0, 0.25, 0.5), (8, 0.5, 0.0625), (15, 0.1, 0.01), (25, 0.01, 0.001),
                   (28, 0.000625, 0.0000625), (29, 0, 0)),
     ),
@@ -175,29 +157,25 @@ RECIPES = {
 # fmt: on
 
 
-def parameter(f: Any) -> Parameter:
-    """A field of Command as typer reads it: with choices, methods and the recipes' defaults in its help."""
-    text, of, choices = f.metadata["text"], f.metadata["of"], get_args(f.type) if get_origin(f.type) is Literal else ()
-    found = {name: getattr(recipe, f.name, f.default) for name, recipe in RECIPES.items()}
-    if found["cifar10-fast"] == found["cifar10"]:
-        del found["cifar10-fast"]
-    shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in found.values()]
-    if len(set(shown)) > 1:
-        text += f" ({', '.join(map(' '.join, zip(found, shown, strict=True)))})"
-    elif not (text.endswith(")") or f.default is None or f.default is False):
-        text += f" ({shown[0]})"
-    text = f"{', '.join(of)}: " * (0 < len(of) < 4) + f"{'|'.join(choices)}: " * bool(choices) + text
-    how = typer.Option(f"--{f.name.replace('_', '-')}", help=text, **f.metadata["how"])
-    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[f.type | None, how])
-
-
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """main, for typer with the fields of Command as its options; those that the user does not give are None."""
+    """main, for typer with the fields of Command as its options, None if not given; recipes' defaults in their help."""
     dataset = Annotated[str | None, typer.Argument(help="digits, cifar10, imagenet, or the path of an image folder")]
     parameters = [Parameter("dataset", Parameter.KEYWORD_ONLY, default=None, annotation=dataset)]
-    main.__signature__ = Signature(parameters + [parameter(f) for f in fields(Command) if f.metadata])
-    main.__doc__ = Command.__doc__
+    for f in (f for f in fields(Command) if f.metadata):
+        found = [getattr(recipe, f.name, f.default) for recipe in RECIPES.values()]
+        shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in found]
+        default = ", ".join(map(" ".join, zip(RECIPES, shown, strict=True))) if len(set(shown)) > 1 else shown[0]
+        choices = "|".join(get_args(f.type)) if get_origin(f.type) is Literal else ""
+        text = ": ".join(filter(None, [", ".join(f.metadata["of"]), choices, f.metadata["text"]]))
+        text += f" ({default})" * (default not in ("None", "False"))
+        how = typer.Option(flag(f.name), help=text, **f.metadata["how"])
+        parameters.append(parameters[0].replace(name=f.name, annotation=Annotated[f.type | None, how]))
+    main.__signature__, main.__doc__ = Signature(parameters), Command.__doc__
     return main
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 if __name__ == "__main__" and "--help" in sys.argv:
@@ -219,6 +197,8 @@ from runs import Failure, World
 
 # --- the objective ----------------------------------------------------------------------------------------
 
+PENALISED = {"fd", "exact"}  # the other methods change the images, if anything, and not the loss
+
 
 class Objective(nn.Module):
     """images, labels -> the losses and penalties of eq. (8).
@@ -232,11 +212,10 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.options = network, replace(options or Options(), **changed)
 
-    def forward(self, images: Tensor, labels: Tensor, penalised: bool = True) -> Penalised:
-        options, n = self.options, len(images)
-        # The order of an epoch is random, so that the first images of a batch are a random part of it.
-        m = math.ceil(n * options.penalty_share) if penalised and options.method in PENALISED else 0
-        part = self.part(images[:m], labels[:m], options.method) if m else None
+    def forward(self, images: Tensor, labels: Tensor) -> Penalised:
+        n, share = len(images), self.options.penalty_share if self.options.method in PENALISED else 0
+        m = math.ceil(n * share)  # the order of an epoch is random: the first images of a batch are a random part of it
+        part = self.part(images[:m], labels[:m], self.options.method) if m else None
         rest = self.part(images[m:], labels[m:], "none") if m < n else None
         return gradreg.joined(part, rest.losses) if part and rest else part or rest
 
@@ -246,26 +225,24 @@ class Objective(nn.Module):
             first, network = models.coordinates(network)
             x = first(images)
 
-        def loss_fn(z: Tensor) -> Tensor:
-            return cross_entropy(network(z), labels)
-
-        def rounded(z: Tensor) -> Tensor:
-            with torch.autocast(z.device.type, torch.bfloat16):
+        def loss_fn(z: Tensor, rounded: bool = False) -> Tensor:
+            with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
                 logits = network(z)
-            return cross_entropy(logits.float(), labels)
+            return cross_entropy(logits.float() if rounded else logits, labels)
 
-        how, scout = {"norm": options.norm, "squared": not options.unsquared}, rounded if options.amp else None
+        how = {"norm": options.norm, "squared": not options.unsquared}
+        scout = partial(loss_fn, rounded=True) if options.amp else None
         if method == "fd":
-            return gradreg.fd_penalty(loss_fn, x, h=options.h, central=options.central, scout=scout, **how)
+            return gradreg.fd_penalty(loss_fn, x, h=options.h, scout=scout, **how)
         if method == "exact":
             return gradreg.exact_penalty(loss_fn, x, **how)
-        if method == "jvp":
-            return gradreg.jvp_penalty(loss_fn, x, scout=scout, **how)
         losses = (scout or loss_fn)(x)
         return Penalised(losses, torch.zeros_like(losses), None)
 
 
 # --- the step and the epochs ------------------------------------------------------------------------------
+
+KEPT = "step", "seconds", "evaluated", "fields"  # of a trainer: a checkpoint holds them
 
 
 class Trainer:
@@ -273,46 +250,52 @@ class Trainer:
 
     def __init__(self, path: Path, config: dict[str, Any], images: data.Data, world: World):
         self.config, self.options, self.images, self.world = config, options_of(config), images, world
-        self.step, self.seconds, self.evaluated, self.fields = 0, 0.0, True, {}  # of the run: a checkpoint holds them
+        self.step, self.seconds, self.evaluated, self.fields = 0, 0.0, True, {}
         self.plan, self.phase = Plan(self.options, len(images.train), world.size), None
         self.run, self.checkpoints, self.stop = runs.Run(path, world), runs.Checkpoints(path, world), runs.Stop(world)
-        self.meter, self.watch = Meter(self.options, world), Watch(self)
+        self.watch, self.delta = Watch(self), torch.zeros(0)  # delta: the perturbation of free adversarial training
         set_precision(self.options)
         torch.manual_seed(self.options.seed)
         self.layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         for line in models.changed_since(config, path):
             self.run.warn(line)
-        network = models.from_config(config).to(world.device, memory_format=self.layout)
-        self.network = in_training(network, self.options)
+        self.network = models.from_config(config).to(world.device, memory_format=self.layout).train()
+        for module in self.network.modules():
+            if self.options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # it uses its running statistics, and keeps them
         how = {"momentum": 0.9, "nesterov": self.options.nesterov}
         self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, **how)
-        self.free = Free(self.options.eps) if self.options.method == "free" else None
-        self.share = {"rank": world.rank, "processes": world.size, "device": world.device}
-        self.share |= {"workers": self.options.workers, "problems": self.watch.unreadable}
-        self.share["stop"] = lambda: bool(self.stop.signal)
+        workers = min(8, max(1, (os.cpu_count() or 1) // world.size))  # threads that decode large images
+        self.share = {"rank": world.rank, "processes": world.size, "device": world.device, "workers": workers}
+        self.share |= {"problems": self.watch.unreadable, "stop": lambda: bool(self.stop.signal)}
 
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """One step of Algorithm 1, or of a baseline, on this process's share of a batch, in --accumulate parts."""
+        """One step of Algorithm 1, or of a baseline, on this process's share of a batch."""
         self.rate, self.lam = self.plan.rate(self.step), self.plan.lam(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        inputs, parts = training_inputs(self, images, labels), self.options.accumulate
-        torch.manual_seed(chance(self.options.seed, self.step, 1 + self.world.rank))  # from here random layers draw
+        inputs = training_inputs(self, images, labels)
+        torch.manual_seed(self.chance(1 + self.world.rank))  # from here random layers draw
         self.optimizer.zero_grad(set_to_none=True)
-        for i, part in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), 1):
-            last = i == parts or self.world.size == 1  # with it the processes average their gradients
-            with contextlib.nullcontext() if last else self.objective.no_sync():
-                out = self.objective(*part, self.plan.since(self.step) >= 0)
-                (out.objective(self.lam) / parts).backward()
-            self.meter.add(out, self.lam)
+        out = self.objective(inputs, labels)
+        out.objective(self.lam).backward()
         self.optimizer.step()
-        if self.free:
-            self.free.update()
+        if self.options.method == "free":  # one step up the loss; what lies beyond [0, 1] has gradient 0, and stays
+            eps, rise = self.options.eps, inputs.grad.sign() * (images + self.delta == inputs)
+            self.delta = (self.delta + eps * rise).clamp(-eps, eps)
+        self.watch.add(out, self.lam)
         self.step += 1
+
+    def chance(self, index: int) -> int:
+        """Where a generator begins in this step; index 0 is for all processes, 1 + rank for one's own draws."""
+        return int(data.uniforms(self.options.seed, self.step, np.array([index]), 1)[0, 0] * 2**53)
 
     def fit(self) -> None:
         """Train to the end.  Raises Failure when a signal asked to stop, or when a loss is not finite."""
-        self.objective = distributed(Objective(self.network, self.options), self.world)
+        self.objective = Objective(self.network, self.options)
+        if self.world.size > 1:  # whether a user's network uses all its weights in each step, nobody knows
+            how = {"find_unused_parameters": models.is_file(self.options.model)}
+            self.objective = nn.parallel.DistributedDataParallel(self.objective, **how)
         if self.step == 0:
             self.save()  # so that there is always something to resume
         with self.stop, runs.progress_bar(self.world.console, self.run.path.name, self.plan.total) as self.watch.show:
@@ -325,7 +308,7 @@ class Trainer:
     def train_epoch(self, epoch: int, first: int) -> None:
         """The steps of an epoch, from its step number `first` on."""
         self.enter_phase(epoch)
-        self.meter.clear()
+        self.watch.clear()
         which = {"seed": self.options.seed, "epoch": epoch, "first": first // self.plan.replays}
         batches = data.training_batches(self.train_images, batch_size=self.phase.batch_size, **which, **self.share)
         with contextlib.closing(batches):  # whatever happens, its threads end
@@ -358,59 +341,49 @@ class Trainer:
         if phase == self.phase:
             return
         self.phase = phase
-        # Images that a forward and a backward pass of a training step hold in memory here.
-        self.at_once = phase.batch_size // (self.world.size * self.options.accumulate)
+        self.at_once = phase.batch_size // self.world.size  # images that a training step holds in memory here
         images = self.images.at(size=phase.size, min_scale=phase.min_scale, cutout=self.options.cutout)
         self.train_images, self.test_images = images.train.to(self.world.device), images.test.to(self.world.device)
         if len(self.plan.phases) > 1:
-            what = f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step"
-            self.run.event("phase", what)
-            self.world.console.print(what)
+            self.run.event("phase", f"epoch {epoch}: {phase.size} pixels, {phase.batch_size} images a step")
 
     def save(self) -> None:
-        """Write a checkpoint: the main process does.  There are no random states in it: see `chance`."""
-        state = {name: getattr(self, name) for name in ("config", "step", "seconds", "evaluated", "fields")}
+        """Write a checkpoint: the main process does.  There are no random states in it: `chance` is a pure function."""
+        state = {name: getattr(self, name) for name in ("config", *KEPT)}
         state |= {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.free:
-            state["delta"] = torch.cat(self.world.gather(self.free.delta.cpu()))
+        if self.options.method == "free":
+            state["delta"] = torch.cat(self.world.gather(self.delta.cpu()))
         self.checkpoints.save(state)
         self.run.event("checkpoint", f"checkpoint at step {self.step}")
-        self.meter.clear()
+        self.watch.clear()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.  Raises Failure where it does not fit."""
         try:
             self.network.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            for name in ("step", "seconds", "evaluated", "fields"):
-                setattr(self, name, state[name])
-            if self.free:
-                self.free.delta = state["delta"].tensor_split(self.world.size)[self.world.rank]
+            vars(self).update({name: state[name] for name in KEPT})
+            if self.options.method == "free":
+                self.delta = state["delta"].tensor_split(self.world.size)[self.world.rank]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise Failure(f"{self.run.path}: the checkpoint does not fit its run ({type(error).__name__})", 2) from None
         self.run.step, self.run.epoch = self.step, self.plan.epoch(self.step)
 
 
 class Plan:
-    """Which epoch, phase and learning rate a step has: functions of the step alone, so that any step can be the first.
-
-    With m replays (the free baseline) each batch is m steps.  Raises Failure for a batch that cannot be taken from the
-    images, or not be shared evenly by the processes and their parts.
-    """
+    """Which epoch, phase, learning rate and weight a step has: functions of the step alone, so any can be first."""
 
     def __init__(self, options: Options, images: int, processes: int = 1):
-        self.options = options
-        self.phases, self.schedule, self.epochs = options.phases, options.schedule, options.epochs
-        self.replays = options.replays if options.method == "free" else 1
+        self.options, self.phases, self.schedule = options, options.phases, options.schedule
+        self.replays = options.replays if options.method == "free" else 1  # steps on each batch
         for phase in self.phases:
             if phase.batch_size > images:
                 few = f"there are only {images} training images: give {images} or less"
                 raise Failure(f"--batch-size {phase.batch_size}: {few}", 2)
-            if phase.batch_size % (processes * options.accumulate):
+            if phase.batch_size % processes:
                 what = f"{phase.batch_size} images a step, from epoch {phase.epoch} on,"
-                by = f"{processes} processes in {options.accumulate} parts each"
-                raise Failure(f"--batch-size: {what} cannot be shared evenly by {by}", 2)
-        self.steps = [images // self.phase(e).batch_size * self.replays for e in range(self.epochs)]
+                raise Failure(f"--batch-size: {what} cannot be shared evenly by {processes} processes", 2)
+        self.steps = [images // self.phase(e).batch_size * self.replays for e in range(options.epochs)]
         self.starts = [0, *accumulate(self.steps)]
         self.total = self.starts[-1]
 
@@ -427,51 +400,18 @@ class Plan:
         epoch, done = self.locate(step)
         return epoch + (done / self.steps[epoch] if done else 0)
 
-    def since(self, step: int) -> float:
-        """Epochs since the penalty began; negative before."""
-        return self.epoch(step) - self.options.penalty_from * self.epochs
-
     def rate(self, step: int) -> float:
         """The learning rate of a step: phases may be stretched unevenly, the schedule follows them."""
-        own = [*(phase.epoch for phase in self.phases), self.epochs]
+        own = [*(phase.epoch for phase in self.phases), self.options.epochs]
         recipes = [*(phase.schedule_epoch for phase in self.phases), self.schedule[-1][0]]
         epoch = float(np.interp(self.epoch(step), own, recipes))
         (start, first, last), (end, _, _) = [rows for rows in pairwise(self.schedule) if rows[0][0] <= epoch][-1]
         return first + (epoch - start) * (last - first) / (end - start)
 
     def lam(self, step: int) -> float:
-        """The weight of the penalty at a step: it rises linearly, from 0 where the penalty begins, in a warm-up."""
-        since, warmup = self.since(step), self.options.lam_warmup
-        return self.options.lam * (max(0.0, min(1.0, since / warmup)) if warmup else since >= 0)
-
-
-def stretch(recipe: Options, *, epochs: int, batch_size: int) -> tuple[Phase, ...]:
-    """The phases of a run of `epochs` epochs that begins with batches of `batch_size`.
-
-    Each phase has at least one epoch; where there are fewer epochs than phases, the last phases are left out.
-    """
-    rows, phases, last = [], recipe.phases, recipe.schedule[-1][0]
-    for i, phase in enumerate(phases):
-        start = min(max(round(phase.epoch * epochs / last), i), max(epochs - len(phases) + i, i))
-        scaled = max(1, round(phase.batch_size * batch_size / phases[0].batch_size))
-        rows.append(replace(phase, epoch=start, batch_size=scaled))
-    return tuple(phase for phase in rows if phase.epoch < epochs)
-
-
-def chance(seed: int, step: int, index: int) -> int:
-    """Where a generator begins: a pure function, so that no random state needs saving.
-
-    Index 0 is for draws of which each process takes its part, 1 + rank for a process's own.
-    """
-    return int(data.uniforms(seed, step, np.array([index]), 1)[0, 0] * 2**53)
-
-
-def in_training(network: nn.Module, options: Options) -> nn.Module:
-    """The network in training mode, but for batch normalization where it uses and keeps its running statistics."""
-    for module in network.train().modules():
-        if options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return network
+        """The weight of the penalty at a step: in a warm-up it rises from 0, linearly."""
+        warmup = self.options.lam_warmup
+        return self.options.lam * min(1.0, self.epoch(step) / warmup if warmup else 1.0)
 
 
 @contextlib.contextmanager
@@ -484,18 +424,6 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def distributed(objective: Objective, world: World) -> nn.Module:
-    """The objective, its network compiled if that was asked for, and shared by the processes if there are several."""
-    if objective.options.compile:
-        from torch._functorch import config  # where torch's own error message sends one
-
-        config.donated_buffer = False  # the penalty goes twice through the graph of l(x)
-        models.coordinates(objective.network)[1].compile()
-    # Whether a user's network uses all its weights in each step, nobody knows.
-    how = {"find_unused_parameters": models.is_file(objective.options.model)}
-    return nn.parallel.DistributedDataParallel(objective, **how) if world.size > 1 else objective
 
 
 def decayed(network: nn.Module, options: Options) -> list[dict[str, Any]]:
@@ -517,79 +445,49 @@ def set_precision(options: Options) -> None:
         torch.set_num_threads(1)  # too small to share: on a busy machine threads that wait for each other crawl
 
 
-# --- the baselines that the paper compares with -----------------------------------------------------------
-
-
 def training_inputs(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
     """What the network is trained on: the images, or what a baseline makes of them."""
     options, world = trainer.options, trainer.world
+    if options.method == "free":  # Shafahi et al. (2019): each backward pass updates weights and perturbation
+        kept = trainer.delta.shape == images.shape  # it outlives the batch
+        trainer.delta = trainer.delta.to(images.device) if kept else torch.zeros_like(images)
+        return (images + trainer.delta).clamp(0, 1).requires_grad_()
     if options.method not in {"noise", "at"}:
-        return trainer.free.inputs(images) if trainer.free else images
-    generator = torch.Generator(images.device).manual_seed(chance(options.seed, trainer.step, 0))
+        return images
+    generator = torch.Generator(images.device).manual_seed(trainer.chance(0))
     everyones = images.expand(world.size, *images.shape).flatten(0, 1)
     mine = slice(world.rank * len(images), (world.rank + 1) * len(images))
     if options.method == "noise":
         return images + options.sigma * torch.randn(everyones.shape, generator=generator, device=images.device)[mine]
     world.share_buffers(trainer.network)  # which the attack sees: as after a resume, the main one's
-    starts = images + options.eps * gradreg.uniform_ball(everyones, options.norm, generator)[mine]
-    return adversarial(trainer.network, images, labels, starts, options)
-
-
-def adversarial(network: nn.Module, images: Tensor, labels: Tensor, starts: Tensor, options: Options) -> Tensor:
-    """Images for adversarial training (Madry et al. 2018): PGD on the loss, from `starts`, kept in [0, 1].
-
-    The network is in evaluation mode meanwhile, so that the attack leaves the running statistics alone.  The
-    step is eps/4 for the seven steps of the paper: 2/255 for an eps of 8/255, as in Madry et al.
-    """
-    how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps}
-    how["step_size"] = 1.75 * options.eps / options.attack_steps
-    with evaluating(network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
-        return attacks.pgd(network, images, labels, loss=cross_entropy, start=starts, **how)
-
-
-class Free:
-    """Adversarial training "for free" (Shafahi et al. 2019): each backward pass updates weights and perturbation.
-
-    The perturbation (one for each place in the batch) outlives the batch.  Its step is eps, as in theirs.
-    """
-
-    def __init__(self, eps: float):
-        self.eps, self.delta = eps, torch.zeros(0)
-
-    def inputs(self, images: Tensor) -> Tensor:
-        """The perturbed images, a leaf that collects its gradient; the perturbation is 0 after a change of shape."""
-        if self.delta.shape != images.shape:
-            self.delta = torch.zeros_like(images)
-        self.moved = images + self.delta.to(images.device)
-        self.leaf = self.moved.clamp(0, 1).requires_grad_()
-        return self.leaf
-
-    def update(self) -> None:
-        """One step up the loss; pixels that lie beyond [0, 1] have gradient 0, and stay."""
-        rise = self.leaf.grad.sign() * (self.moved == self.leaf)
-        self.delta = (self.delta.to(rise.device) + self.eps * rise).clamp(-self.eps, self.eps)
+    start = images + options.eps * gradreg.uniform_ball(everyones, options.norm, generator)[mine]
+    # Madry et al. (2018): PGD from there, kept in [0, 1].  The step is eps/4 for the seven steps of the paper.
+    how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps, "loss": cross_entropy}
+    how |= {"start": start, "step_size": 1.75 * options.eps / options.attack_steps}
+    # In evaluation mode, so that the attack leaves the running statistics alone.
+    with evaluating(trainer.network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
+        return attacks.pgd(trainer.network, images, labels, **how)
 
 
 # --- what surrounds the steps: records, lines, stops ------------------------------------------------------
 
 LOG_EVERY = 10  # steps between two records
+PROBE_IMAGES = 200  # test images attacked after each epoch: the first in a fixed random order
 LINES = 20  # epochs of a run that are printed, about
 PATIENCE = 5.0  # seconds, about, between two times that the processes ask each other whether to stop, at most
-UNREADABLE = 100  # images that a run may skip
-LARGE_ROUNDING = 5.0  # percent, of the difference quotient, that make a warning
-PENALISED = {"fd", "exact", "jvp"}  # the other methods change the images, if anything, and not the loss
 
 
-def slopes_of(penalties: Tensor, options: Options) -> Tensor:
-    """The slopes (N,), without sign, of which the penalties are the squares, or themselves with --unsquared."""
-    return penalties if options.unsquared else penalties.sqrt()
+class Watch:
+    """What surrounds the steps of a trainer: its records and lines, the images it skips, when it stops or saves.
 
+    What the steps since the last record have found is kept on the device, so that no step waits for it.
+    """
 
-class Meter:
-    """What the steps since the last record have found, kept on the device, so that no step waits for it."""
-
-    def __init__(self, options: Options, world: World):
-        self.options, self.world = options, world
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.run, self.world, self.ask_every = trainer, trainer.run, trainer.world, 1
+        self.unreadable: list[str] = []  # this process's, not yet told
+        self.skipped: set[str] = set()  # of all processes
+        self.last: tuple[Tensor, Tensor] | None = None  # a few images of the last step
         self.clear()
 
     def clear(self) -> None:
@@ -602,38 +500,12 @@ class Meter:
         self.images += len(out.losses)
         slopes = errors = torch.zeros_like(out.losses)
         if out.grad is not None:
-            m, n = len(out.grad), len(out.losses)
-            slopes = (out.grad * gradreg.direction(out.grad, self.options.norm)).flatten(1).sum(1)
-            errors = (slopes_of(out.penalties[:m] * (m / n), self.options) - slopes).abs()
-            self.norms.append(gradreg.dual_norm(out.grad, self.options.norm))
+            m, n, options = len(out.grad), len(out.losses), self.trainer.options
+            slopes = (out.grad * gradreg.direction(out.grad, options.norm)).flatten(1).sum(1)
+            errors = ((out.penalties[:m] * (m / n)) ** (1.0 if options.unsquared else 0.5) - slopes).abs()
+            self.norms.append(gradreg.dual_norm(out.grad, options.norm))
         sums = out.losses, lam / 2 * out.penalties, errors, slopes
         self.sums += torch.stack([values.double().sum() for values in sums])
-
-    def read(self) -> tuple[dict[str, Any], float]:
-        """The fields of a "step" record, over all processes, and the slowest one's seconds; clears the meter."""
-        norms, images = torch.cat(self.norms).double(), self.images * self.world.size
-        loss, penalty, error, slope, norm = self.world.sum(torch.cat([self.sums, norms.sum()[None]]))
-        seconds = time.perf_counter() - self.since  # until the sums are there
-        largest, seconds = self.world.max(torch.tensor([norms.max(), seconds], dtype=torch.float64))
-        self.clear()
-        return {
-            "loss": loss / images,
-            "penalty": penalty / images,
-            "grad_norm_mean": norm / (len(norms) * self.world.size),
-            "grad_norm_max": largest,
-            "fd_error_pct": 100 * error / slope if self.options.method == "fd" and slope else None,
-            "images_per_s": round(images / seconds, 1),
-        }, seconds
-
-
-class Watch:
-    """What surrounds the steps of a trainer: its records and lines, the images it skips, when it stops or saves."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.run, self.world, self.ask_every = trainer, trainer.run, trainer.world, 1
-        self.unreadable: list[str] = []  # this process's, not yet told
-        self.skipped: set[str] = set()  # of all processes
-        self.last: tuple[Tensor, Tensor] | None = None  # a few images of the last step
 
     def after_step(self, images: Tensor, labels: Tensor) -> None:
         """A heartbeat; every few steps a record, and the question whether to go on."""
@@ -649,22 +521,28 @@ class Watch:
             self.ask(may_save=record)
 
     def record(self) -> None:
-        """A "step" record.  Raises Failure when the loss is not finite."""
-        trainer = self.trainer
-        if not trainer.meter.norms:  # no step has computed an input gradient: look at a few images
-            images, labels = self.last
+        """A "step" record, over all processes.  Raises Failure when the loss is not finite."""
+        trainer, options, world, images = self.trainer, self.trainer.options, self.world, self.images * self.world.size
+        if not self.norms:  # no step has computed an input gradient: look at a few images
+            few, labels = self.last
             with evaluating(trainer.network):
-                _, grad = gradreg.input_gradient(lambda z: cross_entropy(trainer.network(z), labels), images)
-            trainer.meter.norms.append(gradreg.dual_norm(grad, trainer.options.norm))
-        trainer.fields, seconds = trainer.meter.read()
+                _, grad = gradreg.input_gradient(lambda z: cross_entropy(trainer.network(z), labels), few)
+            self.norms.append(gradreg.dual_norm(grad, options.norm))
+        norms = torch.cat(self.norms).double()
+        loss, penalty, error, slope, norm = world.sum(torch.cat([self.sums, norms.sum()[None]]))
+        seconds = time.perf_counter() - self.since  # until the sums are there
+        largest, seconds = world.max(torch.tensor([norms.max(), seconds], dtype=torch.float64))  # the slowest one's
+        self.clear()
         trainer.seconds += seconds
+        trainer.fields = {"loss": loss / images, "penalty": penalty / images, "grad_norm_max": largest}
+        trainer.fields |= {"grad_norm_mean": norm / len(norms) / world.size, "images_per_s": round(images / seconds, 1)}
+        trainer.fields["fd_error_pct"] = 100 * error / slope if options.method == "fd" and slope else None
         self.run.record("step", **trainer.fields, lr=trainer.rate, lam=trainer.lam)
-        self.require_finite(trainer.fields["loss"] + trainer.fields["penalty"], "loss")
-        steps_per_s = trainer.fields["images_per_s"] / trainer.phase.batch_size
-        self.ask_every = max(1, min(LOG_EVERY, int(PATIENCE * steps_per_s)))
+        self.require_finite((loss + penalty) / images, "loss")
+        self.ask_every = max(1, min(LOG_EVERY, int(PATIENCE * images / seconds / trainer.phase.batch_size)))
 
     def after_epoch(self, fields: dict[str, Any]) -> None:
-        """The epoch's record, some epochs' lines, and a warning where the difference quotient has lost its digits."""
+        """The epoch's record, and some epochs' lines."""
         trainer, step = self.trainer, self.trainer.fields
         self.run.record("epoch", **fields, seconds=round(trainer.seconds, 3))
         self.require_finite(fields["test_loss"], "test loss")
@@ -673,33 +551,29 @@ class Watch:
         errors = f"error {fields['clean_error_pct']:.2f} %{top5}  attacked {fields['attacked_error_pct']:.1f} %"
         self.show(trainer.step, description=f"{self.run.path.name}  {errors}")
         if epoch % math.ceil(epochs / LINES) == 0 or epoch == epochs:
-            self.world.console.print(
-                f"epoch {epoch}/{epochs}  loss {step['loss']:.4f}  penalty {step['penalty']:.4f}"
-                f"  gradient {step['grad_norm_mean']:.3f}  {errors}  {step['images_per_s']:,.0f} images/s"
-            )
-        rounding = fields.get("fd_rounding_pct") or 0
-        if rounding > LARGE_ROUNDING:
-            self.run.warn(f"rounding is {rounding:.0f} % of the finite difference: choose a larger --h")
+            seen = f"loss {step['loss']:.4f}  penalty {step['penalty']:.4f}  gradient {step['grad_norm_mean']:.3f}"
+            speed = f"{step['images_per_s']:,.0f} images/s"
+            self.world.console.print(f"epoch {epoch}/{epochs}  {seen}  {errors}  {speed}")
 
     def ask(self, *, may_save: bool = True) -> None:
         """All processes together: name unreadable images, stop if any was told to, or save if that is due."""
         trainer = self.trainer
         due = may_save and trainer.checkpoints.due(trainer.options.checkpoint_minutes)
         signals, dues, unreadable = zip(*self.world.gather((trainer.stop.signal, due, self.unreadable)), strict=True)
-        news = set().union(*unreadable) - self.skipped
-        for message in sorted(news):
+        for message in sorted(set().union(*unreadable) - self.skipped):
             self.run.warn(f"skipped: {message}")
-        self.skipped |= news
+        self.skipped.update(*unreadable)
         self.unreadable.clear()
-        signum, too_many = max(signals), len(self.skipped) > UNREADABLE
-        if signum or any(dues) or too_many:
-            if trainer.meter.images:  # not yet recorded
+        signum = max(signals)
+        if signum or any(dues):
+            if self.images:  # not yet recorded
                 self.record()
-            self.require_sound()
+            if self.last:  # a network of no use makes no checkpoint
+                images, labels = self.last
+                with evaluating(trainer.network), torch.no_grad():
+                    losses = cross_entropy(trainer.network(images), labels)
+                self.require_finite(*self.world.sum(losses.sum()[None]), "loss after the update")
             trainer.save()
-        if too_many:
-            message = f"more than {UNREADABLE} images cannot be read; {self.run.path}/metrics.jsonl names them"
-            raise Failure(f"{message}; repair them, then: python train.py --resume {self.run.path}", 1)
         if signum:
             self.end(signum)
 
@@ -718,55 +592,30 @@ class Watch:
         self.run.end("interrupted", "interrupt", what)
         raise Failure(f"{what}; go on with: python train.py --resume {self.run.path}", 128 + signum)
 
-    def require_sound(self) -> None:
-        """Raise Failure where the last step has left a network whose loss is not finite: it makes no checkpoint."""
-        if self.last:
-            images, labels = self.last
-            with evaluating(self.trainer.network), torch.no_grad():
-                losses = cross_entropy(self.trainer.network(images), labels)
-            self.require_finite(*self.world.sum(losses.sum()[None]), "loss after the update")
-
     def require_finite(self, loss: float, what: str) -> None:
         if not math.isfinite(loss):
             advice = f"{self.run.path} keeps the checkpoint from before; try a smaller --lr or --lam"
             raise Failure(f"diverged: the {what} is not finite at step {self.trainer.step}; {advice}", 3)
 
 
-# --- evaluation after each epoch --------------------------------------------------------------------------
-
-PROBE_IMAGES = 200  # test images attacked after each epoch, always the same
-
-
 def evaluate(trainer: Trainer) -> dict[str, Any]:
-    """The fields of an "epoch" record: the whole test set clean, and the same few images of it attacked.
-
-    Raises Failure, in all processes, where one of them is told to stop before all images have been looked at.
-    """
-    batch_size = min(256, 4 * trainer.at_once)
-    batches = data.evaluation_batches(trainer.test_images, batch_size=batch_size, **trainer.share)
-    loss, error, top5_error = losses_and_errors(trainer.network, trainer.watch.until_told(batches), trainer.world)
-    fields = {"test_loss": loss, "clean_error_pct": error}
-    fields |= {"top5_error_pct": top5_error} if trainer.config["classes"] > 10 else {}
-    return fields | probe(trainer) if math.isfinite(loss) else fields
-
-
-def probe(trainer: Trainer) -> dict[str, Any]:
-    """What PGD, the margin loss and float64 say of the first PROBE_IMAGES test images in a fixed random order."""
+    """The fields of an "epoch" record: all test images clean, the same few attacked.  Failure where told to stop."""
     network, world, test, few = trainer.network, trainer.world, trainer.test_images, trainer.at_once
     norm, eps, radii = (trainer.config[name] for name in ("attack_norm", "attack_eps", "omega_eps"))
+    batches = data.evaluation_batches(test, batch_size=min(256, 4 * few), **trainer.share)
+    loss, error, top5_error = losses_and_errors(network, trainer.watch.until_told(batches), world)
+    fields = {"test_loss": loss, "clean_error_pct": error}
+    fields |= {"top5_error_pct": top5_error} if trainer.config["classes"] > 10 else {}
+    if not math.isfinite(loss):
+        return fields
     mine = data.order(len(test), seed=0, epoch=2)[:PROBE_IMAGES][world.rank :: world.size]
     images, labels = data.fetch(test, mine, world.device, problems=trainer.watch.unreadable)
     parts = list(zip(images.split(few), labels.split(few), strict=True))
-    fields = {"attacked_error_pct": losses_and_errors(network, parts, world, norm=norm, eps=eps, steps=10)[1]}
-    looked = [bounds.omega_statistics(network, *part, norm=norm, eps=radii) for part in parts]
-    *omega, largest = world.max(torch.tensor([[*some.omega, some.grad_norm_max] for some in looked]).amax(0))
-    means = [[some.grad_norm_mean * len(y), len(y)] for some, (_, y) in zip(looked, parts, strict=True)]
-    total, count = world.sum(torch.tensor(means, dtype=torch.float64).sum(0))
-    fields |= {"margin_grad_norm_mean": total / count, "omega": omega, "margin_grad_norm_max": largest}
-    if trainer.options.method == "fd":
-        some = min(32, max(1, few // 4))  # in float64 they need twice the memory, and more
-        fields["fd_rounding_pct"] = fd_rounding(network, images[:some], labels[:some], trainer.options)
-    return fields
+    fields["attacked_error_pct"] = losses_and_errors(network, parts, world, norm=norm, eps=eps, steps=10)[1]
+    looked = [(bounds.omega_statistics(network, *part, norm=norm, eps=radii), len(part[1])) for part in parts]
+    *omega, largest = world.max(torch.tensor([[*some.omega, some.grad_norm_max] for some, _ in looked]).amax(0))
+    total, count = world.sum(torch.from_numpy(np.sum([[some.grad_norm_mean * n, n] for some, n in looked], 0)))
+    return fields | {"margin_grad_norm_mean": total / count, "omega": omega, "margin_grad_norm_max": largest}
 
 
 def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **ball: Any) -> tuple[float, float, float]:
@@ -790,31 +639,31 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
     return loss / count, 100 * wrong / count, 100 * wrong5 / count
 
 
-def fd_rounding(network: nn.Module, images: Tensor, labels: Tensor, options: Options) -> float | None:
-    """How far the difference quotient is from itself in float64, in percent: what cancellation costs.
-
-    None where the gradient is zero, and for a stranger's network that cannot compute in float64.
-    """
-    objective = Objective(network, options, amp=False)
-    found = slopes_of(objective(images, labels).penalties.detach(), options)
-    try:
-        exact = copy.deepcopy(objective).double()(images.double(), labels).penalties.detach()
-    except Exception:
-        return None
-    exact = slopes_of(exact, options)
-    total = exact.sum().item()
-    return 100 * (found - exact).abs().sum().item() / total if total else None
-
-
-# --- a run from its options -------------------------------------------------------------------------------
+# --- options, from those given and a recipe ---------------------------------------------------------------
 
 FORMAT = 2  # of config.json and checkpoint.pt
-MAY_CHANGE = {"data_dir", "workers", "checkpoint_minutes", "accumulate"}  # when a run goes on
-LINF_RADII = {
-    "digits": [0.03, 0.06, 0.1],
-    "cifar10": [2 / 255, 4 / 255, 8 / 255],
-    "imagenet": [1 / 255, 2 / 255, 4 / 255],
-}
+MAY_CHANGE = {"data_dir", "checkpoint_minutes"}  # when a run goes on
+GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1}  # options of before: such runs go on
+LINF_RADII = {"digits": [0.03, 0.06, 0.1], "cifar10": [2 / 255, 4 / 255, 8 / 255]}
+LINF_RADII["imagenet"] = [1 / 255, 2 / 255, 4 / 255]
+NAMES = {"none": "", "noise": "-sigma{sigma:g}", "at": "-{norm}-eps{eps:.3g}", "free": "-m{replays}-eps{eps:.3g}"}
+LIMITS = {"seed": 2**64 - 1, "epochs": 10**5, "size": 4096, "penalty_share": 1}
+
+
+def check_given(given: dict[str, Any]) -> None:
+    """Raise Failure for an option that is not finite, too small or too large, or that its method does not have."""
+    method = given.get("method", Options.method)
+    for f in fields(Options):
+        value, of, zero = given.get(f.name), f.metadata.get("of"), f.name in {"lam", "seed"}
+        if value is not None and of and method not in of:
+            means = f"means nothing to --method {method}, only to {', '.join(of)}"
+            raise Failure(f"{flag(f.name)} {means}: leave it out", 2)
+        if isinstance(value, int | float):
+            most = LIMITS.get(f.name, math.inf if isinstance(value, float) else 10**9)
+            if not 0 <= value < math.inf or not (value or zero):
+                raise Failure(f"{flag(f.name)} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
+            if value > most:
+                raise Failure(f"{flag(f.name)} must be at most {most}, not {value}", 2)
 
 
 def recipe_of(dataset: str, images: data.Data) -> str:
@@ -822,86 +671,64 @@ def recipe_of(dataset: str, images: data.Data) -> str:
     return dataset if dataset in data.NAMES else "cifar10" if images.small else "imagenet"
 
 
-def check_given(given: dict[str, Any]) -> None:
-    """Raise Failure for an option that is not finite, too small or too large, or that its method does not have."""
-    method = given.get("method", Options.method)
-    for f in fields(Options):
-        value, flag, of = given.get(f.name), f"--{f.name.replace('_', '-')}", f.metadata.get("of")
-        if value is not None and of and method not in of:
-            raise Failure(f"{flag} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
-        if isinstance(value, int | float):
-            zero = f.name in {"lam", "lam_warmup", "seed", "workers", "penalty_from"}
-            most = math.inf if isinstance(value, float) else 10**9
-            most = {"seed": 2**64 - 1, "epochs": 10**5, "size": 4096, "penalty_share": 1, "penalty_from": 1}.get(
-                f.name, most
-            )
-            if not 0 <= value < math.inf or (value == 0 and not zero):
-                raise Failure(f"{flag} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
-            if value > most:
-                raise Failure(f"{flag} must be at most {most}, not {value}", 2)
-
-
 def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
-    """All options of a run: those given, and the recipe's for the rest.  Raises Failure for what cannot work."""
-    if "new_head" in given and "init" not in given:
-        raise Failure("--new-head is about the weights of --init, which is not given", 2)
-    recipe = recipe_of(given["dataset"], images)
-    if given.get("recipe") == "fast":
-        if recipe != "cifar10":
-            raise Failure("--recipe fast: it is for small colour images, as CIFAR-10's; leave it out", 2)
-        recipe = "cifar10-fast"
-    recipe = fitted(RECIPES[recipe], given, images, world)
-    method = given.get("method", recipe.method)
-    own = {"norm": "linf" if method in {"at", "free"} else "l2"} | coordinates_of(given, recipe)
-    own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
-    own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
-    own["workers"] = min(8, max(1, (os.cpu_count() or 1) // world.size))
-    if method == "free":  # as many steps as the others
-        own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
-    options = replace(recipe, **own | given | ({} if method in PENALISED else {"lam": 0.0, "lam_warmup": 0.0}))
-    allowed = {"free": ["linf"], "at": ["l2", "linf"]}.get(method, [options.norm])
-    if options.norm not in allowed:
-        raise Failure(f"--norm {options.norm}: --method {method} is for {' and '.join(allowed)}", 2)
-    if len(images.test) < world.size:
-        raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
-    options = replace(options, schedule=at_rate(recipe, options.lr).schedule)
-    *first, last = stretch(recipe, epochs=options.epochs, batch_size=options.batch_size)
-    last = replace(last, size=given.get("size", last.size))  # of few epochs, too, which have not all phases
-    return replace(options, phases=(*first, last))
-
-
-def at_rate(options: Options, lr: float) -> Options:
-    """The same with another first learning rate, and all others in proportion."""
-    scale = lr / options.lr
-    return replace(options, lr=lr, schedule=tuple((e, a * scale, b * scale) for e, a, b in options.schedule))
-
-
-def fitted(recipe: Options, given: dict[str, Any], images: data.Data, world: World) -> Options:
-    """The recipe for these images, and for weights that are trained already.
+    """All options of a run: those given, and the recipe's for the rest.  Raises Failure for what cannot work.
 
     Fine-tuning (--init): a tenth of the largest rate, falling to 0 in two epochs of one size; lam rises from 0 over the
     first (or half of a single one), since the network meets a penalty it has never seen; running statistics are kept.
     Large images of a folder have their own size, their median short side, up to 224.  A batch is an eighth of the
     images at most, so that an epoch has eight steps, and the rates fall in proportion.
     """
-    if "init" in given:
+    name, tuned, size = recipe_of(given["dataset"], images), "init" in given, given.get("size")
+    recipe = RECIPES["cifar10-fast" if given.get("recipe") == "fast" else name]
+    if given.get("recipe") == "fast" and name != "cifar10":
+        raise Failure("--recipe fast: it is for small colour images, as CIFAR-10's; leave it out", 2)
+    if "new_head" in given and not tuned:
+        raise Failure("--new-head is about the weights of --init, which is not given", 2)
+    if images.small and size:
+        raise Failure(f"--size {size}: these images have a size of their own, {images.short_side}; leave it out", 2)
+    if len(images.test) < world.size:
+        raise Failure(f"only {len(images.test)} test images for {world.size} processes", 2)
+    if tuned:
         rate = max(max(rates) for _, *rates in recipe.schedule) / 10
         recipe = replace(recipe, epochs=2, lr=rate, schedule=((0, rate, 0.0), (2, 0.0, 0.0)), phases=recipe.phases[:1])
         recipe = replace(recipe, lam_warmup=min(1.0, given.get("epochs", 2) / 2), statistics="running")
-    own = None if given["dataset"] == "imagenet" and "init" not in given else min(224, images.short_side)
-    size = given.get("size", own)
-    if images.small and "size" in given:
-        raise Failure(f"--size {size}: these images have a size of their own, {images.short_side}; leave it out", 2)
-    if size and not images.small:
-        *first, last = recipe.phases
-        phases = *(replace(phase, size=min(size, phase.size)) for phase in first), replace(last, size=size)
-        recipe = replace(recipe, phases=phases)
-    shares = world.size * given.get("accumulate", 1)
-    most = max(shares, len(images.train) // 8 // shares * shares)
+    if not images.small and (tuned or given["dataset"] != "imagenet"):
+        size = size or min(224, images.short_side)
+    own, method = coordinates_of(given, recipe), given.get("method", recipe.method)
+    own["norm"] = "linf" if method in {"at", "free"} else "l2"
+    own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
+    own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
+    if method not in PENALISED:
+        own |= {"lam": 0.0, "lam_warmup": 0.0}
+    if method == "free":  # as many steps as the others
+        own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
+    most = max(1, len(images.train) // 8 // world.size) * world.size
     if "batch_size" not in given and most < recipe.batch_size:
-        phases = tuple(replace(phase, batch_size=min(phase.batch_size, most)) for phase in recipe.phases)
-        recipe = replace(at_rate(recipe, recipe.lr * most / recipe.batch_size), batch_size=most, phases=phases)
-    return recipe
+        own |= {"batch_size": most, "lr": recipe.lr * most / recipe.batch_size}
+    options, norms = replace(recipe, **own | given), {"free": ["linf"], "at": ["l2", "linf"]}
+    if options.norm not in norms.get(method, [options.norm]):
+        raise Failure(f"--norm {options.norm}: --method {method} is for {' and '.join(norms[method])}", 2)
+    scale = options.lr / recipe.lr
+    schedule = tuple((epoch, scale * first, scale * last) for epoch, first, last in recipe.schedule)
+    phases = stretch(recipe, options, fit="batch_size" not in given, size=size)
+    return replace(options, schedule=schedule, phases=phases)
+
+
+def stretch(recipe: Options, options: Options, *, fit: bool = False, size: int | None = None) -> tuple[Phase, ...]:
+    """The recipe's phases in a run of so many epochs that begins with batches of that size, and ends with images of it.
+
+    Each phase has at least one epoch; where there are fewer epochs than phases, the last phases are left out.
+    fit: batches are as the recipe's, but never larger than the first.
+    """
+    rows, epochs, scale = [], options.epochs, options.batch_size / recipe.phases[0].batch_size
+    for i, phase in enumerate(recipe.phases):
+        start = max(round(phase.epoch * epochs / recipe.schedule[-1][0]), i)
+        start = min(start, max(epochs - len(recipe.phases) + i, i))
+        batch_size = min(phase.batch_size, options.batch_size) if fit else max(1, round(phase.batch_size * scale))
+        rows.append(replace(phase, epoch=start, batch_size=batch_size, size=min(phase.size, size or phase.size)))
+    *first, last = (phase for phase in rows if phase.epoch < epochs)
+    return *first, replace(last, size=size or last.size)
 
 
 def coordinates_of(given: dict[str, Any], recipe: Options) -> dict[str, Any]:
@@ -920,17 +747,7 @@ def coordinates_of(given: dict[str, Any], recipe: Options) -> dict[str, Any]:
     return {"penalty_space": space, "lam": recipe.lam * std**power, "h": recipe.h * std}
 
 
-def options_of(config: dict[str, Any]) -> Options:
-    """The options of a run, from its config.  Raises Failure for those of another version of this project."""
-    try:
-        if config["format"] != FORMAT:
-            raise ValueError
-        schedule, phases = (config["options"][name] for name in ("schedule", "phases"))
-        own = {"schedule": tuple(map(tuple, schedule)), "phases": tuple(Phase(**phase) for phase in phases)}
-        return Options(**config["options"] | own)
-    except (KeyError, TypeError, ValueError):
-        name = config.get("name")
-        raise Failure(f"{name}: begun with another version of this project, which has to end it", 2) from None
+# --- a run, from its options ------------------------------------------------------------------------------
 
 
 def describe(options: Options, images: data.Data, world: World) -> dict[str, Any]:
@@ -940,31 +757,31 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     radii = LINF_RADII[recipe_of(options.dataset, images)] if norm == "linf" else [0.25, 0.5, 1.0]
     plan = Plan(options, len(images.train), world.size)
     config = {"format": FORMAT, "options": asdict(options), **runs.provenance(world)}
-    config |= {"steps_per_epoch": plan.steps[0], "steps_total": plan.total}
-    config |= {"images_train": len(images.train), "images_test": len(images.test), "channels": images.channels}
-    config |= {"small": images.small}
+    config |= {"steps_per_epoch": plan.steps[0], "steps_total": plan.total, "channels": images.channels}
+    config |= {"images_train": len(images.train), "images_test": len(images.test), "small": images.small}
     config |= {"classes": len(images.classes), "class_names": list(images.classes)}
-    config |= {"attack_norm": norm, "attack_radii": radii, "attack_eps": radii[1]}
-    config |= {"omega_eps": radii[1:], "omega_method": "ascent"}
-    stranger = options.model not in models.MODELS
+    config |= {"attack_norm": norm, "attack_radii": radii, "attack_eps": radii[1], "omega_eps": radii[1:]}
+    stranger, notes = options.model not in models.MODELS, []
     with contextlib.nullcontext() if stranger or options.init else torch.device("meta"):
-        network, notes = models.from_config(config), []
+        network = models.from_config(config)
     if options.init:
         notes = models.initialise(network, options.init, classes=config["classes"], new_head=options.new_head)
+    if options.method == "fd" and options.h < 1e-3:
+        notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if stranger:
         notes += try_out(network.to(world.device), options, images, world)
-    return config | {"notes": notes, "sources": models.sources_of(options.model)}
+    config |= {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
+    return config
 
 
 def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
     """Lines for the user on a stranger's network.  Raises Unusable unless it can be trained: one step is tried."""
-    phase = options.phases[0]
-    shown = images.at(size=phase.size, min_scale=phase.min_scale, cutout=True).train
+    shown = images.at(size=options.phases[0].size, min_scale=options.phases[0].min_scale).train
     x, labels = data.fetch(shown, np.arange(min(4, len(shown))), world.device, problems=[])
     try:
         notes = [models.check_output(network.eval(), x, len(images.classes))]
         with models.one_line("a training step fails"):
-            if odd := models.complaint(in_training(network, options)(x), len(x), len(images.classes)):
+            if odd := models.complaint(network.train()(x), len(x), len(images.classes)):
                 raise models.Unusable(f"in training mode {odd}")
             if not any(weight.requires_grad for weight in network.parameters()):
                 raise models.Unusable("it has no weights that can be trained (requires_grad is False)")
@@ -977,80 +794,6 @@ def try_out(network: nn.Module, options: Options, images: data.Data, world: Worl
     return [note for note in notes if note]
 
 
-def name_of(options: Options) -> str:
-    """What a run is called when nobody names it."""
-    kinds = {"none": [], "noise": [f"sigma{options.sigma:g}"], "at": [options.norm, f"eps{options.eps:.3g}"]}
-    kinds["free"] = [f"m{options.replays}", f"eps{options.eps:.3g}"]
-    kind = kinds.get(options.method, [*["unsquared"] * options.unsquared, options.norm, f"lam{options.lam:g}"])
-    tuned = ["tuned"] * bool(options.init)
-    recipe = [options.recipe] if options.recipe != Options.recipe else []
-    return "-".join([Path(options.dataset).name, *recipe, options.method, *kind, *tuned, f"seed{options.seed}"])
-
-
-def introduce(trainer: Trainer) -> None:
-    """What is trained, how, on what, at which cost, in one line."""
-    options, images, steps = trainer.options, trainer.images, trainer.plan.total - trainer.step
-    own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
-    whole = {"penalty_share": 1.0, "penalty_from": 0.0, "lam_warmup": 0.0}
-    how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and v != whole.get(k)]
-    how += [name for name, value in own.items() if value is True]
-    weights = sum(parameter.numel() for parameter in trainer.network.parameters())
-    sides = [images.train.images.shape[2]] if images.small else [phase.size for phase in options.phases]
-    sides = ", ".join(map(str, dict.fromkeys(sides)))
-    start = f" from {options.init}" if options.init else ""
-    # Units of work beside the three of a plain step.
-    extra = {"fd": 7 if options.central else 4, "exact": 3, "jvp": 7, "at": 2 * options.attack_steps}
-    share = options.penalty_share * (1 - options.penalty_from) if options.method in PENALISED else 1
-    cost = 1 + extra.get(options.method, 0) * share / 3
-    trainer.world.console.print(
-        f"{trainer.run.path.name}: {', '.join([options.method, options.norm, *how])}; {options.model}, {weights:,}"
-        f" parameters{start}; {options.dataset}, {len(images.train):,} training and {len(images.test):,} test images,"
-        f" {len(images.classes)} classes, {sides} pixels a side; {steps:,} steps of {options.batch_size} images,"
-        f" {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {cost:.3g} plain"
-    )
-
-
-def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World, name: str | None = None) -> Trainer:
-    """Train a new run to its end; or go on with one that the same command began."""
-    config, images = suited(given, images, world)
-    path = world.same(claim(root, name, config, world) if world.main else None)
-    return work(path, {key: value for key, value in given.items() if key in MAY_CHANGE}, world, images)
-
-
-def suited(given: dict[str, Any], images: data.Data, world: World) -> tuple[dict[str, Any], data.Data]:
-    """What config.json holds, and the images: in grey where a user's network takes only these.  Raises Failure."""
-    try:
-        return describe(resolve(given, images, world), images, world), images
-    except models.Unusable:
-        if images.channels == 1 or not models.is_file(given.get("model", "")):
-            raise
-        grey = load_images(given, channels=1)
-        with contextlib.suppress(models.Unusable):
-            return describe(resolve(given, grey, world), grey, world), grey
-        raise
-
-
-def claim(root: Path, name: str | None, config: dict[str, Any], world: World) -> Path:
-    """A new directory; or the run that this command began before, of this name, or by torchrun before it restarted.
-
-    Raises Failure where `name` is taken by a run with other options, or by anything else.
-    """
-    default = name_of(options_of(config))
-    for path in [root / name] if name else root.glob(f"{default}*") if world.restarts else []:
-        theirs, ours = config_at(path), json.loads(json.dumps(config["options"]))
-        options = theirs.get("options", {})
-        full = json.loads(json.dumps(asdict(Options()))) | options  # a run of before may lack some
-        others = [key for key in ours.keys() - MAY_CHANGE if full[key] != ours[key]]
-        if options and not others and (name or theirs.get("launch") == config["launch"]):
-            world.console.print(f"{path} was begun with the same options: going on with it")
-            return path
-        if name and path.exists():
-            found = f"other options ({', '.join(sorted(others))})" if options else "no run in it"
-            advice = f"choose another name, or go on with --resume {path}"
-            raise Failure(f"--name {name}: {path} exists, with {found}; {advice}", 2)
-    return runs.new_directory(root, name, default, config)
-
-
 def config_at(path: Path) -> dict[str, Any]:
     """What config.json says of a run; empty where there is none, or none that can be read."""
     with contextlib.suppress(OSError, ValueError):
@@ -1060,38 +803,105 @@ def config_at(path: Path) -> dict[str, Any]:
     return {}
 
 
-def trained_before(given: dict[str, Any], world: World) -> dict[str, Any]:
-    """Network and activation of the run that --init names, if any.  Raises Unusable as `models.changed_since`."""
-    run = runs.resolve(Path(given.get("init", "")))
-    config = config_at(run) if "init" in given else {}
-    known = {k: v for k, v in config.get("options", {}).items() if k in ("model", "activation") and isinstance(v, str)}
-    for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
-        world.console.print(f"warning: {line}")
-    return known
+def options_of(config: dict[str, Any]) -> Options:
+    """The options of a run, from its config.  Raises Failure for those of another version of this project."""
+    try:
+        known = {name: value for name, value in config["options"].items() if (name, value) not in GONE.items()}
+        known["schedule"] = tuple(map(tuple, known["schedule"]))
+        known["phases"] = tuple(Phase(*(phase[f.name] for f in fields(Phase))) for phase in known["phases"])
+        if config["format"] != FORMAT or known["method"] == "jvp":
+            raise ValueError
+        return Options(**{name: value for name, value in known.items() if name != "workers"})
+    except (KeyError, TypeError, ValueError):
+        name = config.get("name")
+        raise Failure(f"{name}: begun with another version of this project, which has to end it", 2) from None
+
+
+def introduce(trainer: Trainer) -> None:
+    """What is trained, how, on what, at which cost, in one line."""
+    options, images, plan = trainer.options, trainer.images, trainer.plan
+    own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
+    how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and (k, v) != ("penalty_share", 1)]
+    how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
+    weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
+    sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
+    extra = {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0)
+    cost = 1 + extra * options.penalty_share / 3  # a plain step has three units of work
+    trainer.world.console.print(
+        f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
+        f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"
+        f" {', '.join(map(str, sides))} pixels a side; {plan.total - trainer.step:,} steps of {options.batch_size}"
+        f" images, {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {cost:.3g} plain"
+    )
+
+
+def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World, name: str | None = None) -> Trainer:
+    """Train a new run to its end, or go on with one that the same command began; in grey if the network needs that."""
+    try:
+        config = describe(resolve(given, images, world), images, world)
+    except models.Unusable:
+        if images.channels == 1 or not models.is_file(given.get("model", "")):
+            raise
+        config, images = None, load_images(given, channels=1)
+        with contextlib.suppress(models.Unusable):
+            config = describe(resolve(given, images, world), images, world)
+        if not config:
+            raise
+    path = world.same(claim(root, name, config, world) if world.main else None)
+    return work(path, {key: given[key] for key in MAY_CHANGE & given.keys()}, world, images)
+
+
+def claim(root: Path, name: str | None, config: dict[str, Any], world: World) -> Path:
+    """A new directory; or the run that this command began before, of this name, or by torchrun before it restarted.
+
+    Raises Failure where `name` is taken by a run with other options, or by anything else.
+    """
+    options = options_of(config)
+    kind = NAMES.get(options.method, "-unsquared" * options.unsquared + "-{norm}-lam{lam:g}").format_map(vars(options))
+    recipe, tuned = "-fast" * (options.recipe == "fast"), "-tuned" * bool(options.init)
+    default = f"{Path(options.dataset).name}{recipe}-{options.method}{kind}{tuned}-seed{options.seed}"
+    again = [path for path in root.glob(f"{default}*") if config_at(path).get("launch") == config["launch"]]
+    for path in [root / name] if name else again * bool(world.restarts):
+        if theirs := config_at(path):
+            theirs, ours = asdict(options_of(theirs)), asdict(options)
+            others = sorted(key for key in ours.keys() - MAY_CHANGE if theirs[key] != ours[key])
+            if not others:
+                world.console.print(f"{path} was begun with the same options: going on with it")
+                return path
+        if name and path.exists():
+            found = f"other options ({', '.join(others)})" if theirs else "no run in it"
+            advice = f"choose another name, or go on with --resume {path}"
+            raise Failure(f"--name {name}: {path} exists, with {found}; {advice}", 2)
+    return runs.new_directory(root, name, default, config)
 
 
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:
     """The images of a run.  Raises Failure."""
-    split = data.check_split(options["dataset"], options.get("split", 0.0))
-    how = {"subset": options.get("subset"), "split": split, "channels": channels}
-    return data.load(options["dataset"], options["data_dir"], **how)
+    dataset, split = options["dataset"], options.get("split", 0.0)
+    how = {"subset": options.get("subset"), "split": data.check_split(dataset, split), "channels": channels}
+    return data.load(dataset, options["data_dir"], **how)
+
+
+def located(dataset: str, data_dir: str | Path | None) -> dict[str, str | None]:
+    """The options dataset and data_dir with an absolute place in them, which holds from any working directory."""
+    place = os.path.abspath(data.place(dataset, data_dir))
+    return {"dataset": dataset, "data_dir": place} if dataset in data.NAMES else {"dataset": place, "data_dir": None}
 
 
 def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | None = None) -> Trainer:
-    """Take a run to its end, from its newest whole checkpoint if it has one.
-
-    Raises Failure where another job works on it, or where its data is not what it was.
-    """
+    """Take a run to its end, from its newest whole checkpoint if it has one.  Raises Failure where it cannot be."""
     with runs.owned(path, world):
-        saved = list(path.glob("checkpoint*.pt"))
-        state, warning = runs.Checkpoints(path, world).load() if saved else (None, None)
+        state, warning = runs.Checkpoints(path, world).load() if any(path.glob("checkpoint*.pt")) else (None, None)
         config = state["config"] if state else config_at(path)
         options = replace(options_of(config), **changed)
         place = changed.get("data_dir") or data.stored_place(config["options"])
         options = replace(options, **located(options.dataset, place))
-        if images is None:
-            images = load_images(asdict(options), channels=config["channels"])
-        check_same(config, images)
+        images = images or load_images(asdict(options), channels=config["channels"])
+        now, then = [len(images.train), len(images.classes)], [config["images_train"], config["classes"]]
+        others = sorted(set(images.classes) ^ set(config.get("class_names", images.classes)))
+        if others or now != then:
+            what = f"class {others[0]} is new or gone" if others else f"{now[0]} training images, not {then[0]}"
+            raise Failure(f"{config['name']}: the data is not what it was: {what}; see --data-dir", 2)
         trainer = Trainer(path, config | {"options": asdict(options)}, images, world)
         for said in [*images.notes, *([] if state else config.get("notes", [])), *filter(None, [warning])]:
             trainer.run.warn(said)
@@ -1121,21 +931,6 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
     return trainer
 
 
-def located(dataset: str, data_dir: str | Path | None) -> dict[str, str | None]:
-    """The options dataset and data_dir with an absolute place in them, which holds from any working directory."""
-    place = os.path.abspath(data.place(dataset, data_dir))
-    return {"dataset": dataset, "data_dir": place} if dataset in data.NAMES else {"dataset": place, "data_dir": None}
-
-
-def check_same(config: dict[str, Any], images: data.Data) -> None:
-    """Raise Failure unless these are the training images that a run was begun with, as far as one can see."""
-    now, then = [len(images.train), len(images.classes)], [config["images_train"], config["classes"]]
-    others = sorted(set(images.classes) ^ set(config.get("class_names", images.classes)))
-    if others or now != then:
-        what = f"class {others[0]} is new or gone" if others else f"{now[0]} training images, not {then[0]}"
-        raise Failure(f"{config['name']}: the data is not what it was: {what}; see --data-dir", 2)
-
-
 def compare(given: dict[str, Any], *, root: Path, images: data.Data, world: World) -> None:
     """Train an undefended and a penalised network, and print what the penalty buys."""
     shared = [f.name for f in fields(Options) if "none" in (f.metadata.get("of") or ["none"])]
@@ -1159,13 +954,13 @@ def main(**options: Any) -> None:
     """What `Command` says."""
     given = {name: value for name, value in options.items() if value is not None}
     if empty := [name for name, value in given.items() if value == ""]:  # of a shell's variable that is not set, say
-        raise Failure(f"--{empty[0].replace('_', '-')} is empty: give it a value, or leave it out", 2)
+        raise Failure(f"{flag(empty[0])} is empty: give it a value, or leave it out", 2)
     if "resume" in given and (extra := given.keys() - MAY_CHANGE - {"resume", "device"}):
-        flags = ", ".join(sorted("DATASET" if e == "dataset" else f"--{e.replace('_', '-')}" for e in extra))
+        flags = ", ".join(sorted("DATASET" if name == "dataset" else flag(name) for name in extra))
         raise Failure(f"--resume takes the run's own options: leave out {flags}", 2)
     check_given(given)
     resume, device, name = (given.pop(key, None) for key in ("resume", "device", "name"))
-    root = Path(given.pop("runs", Command.runs))
+    root, alone = Path(given.pop("runs", Command.runs)), "dataset" in given
     if name is not None:
         runs.check_name(name)
     with contextlib.closing(World(device)) as world:
@@ -1175,14 +970,16 @@ def main(**options: Any) -> None:
                 raise Failure(f"--resume {resume}: no such run", 2)
             work(path, given, world)
             return
-        alone = "dataset" in given
         if not alone and (name or given.get("method") in {"none", "noise"}):
             raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
         given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
-        given = trained_before(given, world) | given
+        run = runs.resolve(Path(given["init"])) if "init" in given else None
+        if run and (config := config_at(run)):  # it knows its network
+            for line in models.changed_since(config, run) if "model" not in given else ():
+                world.console.print(f"warning: {line}")
+            given = {key: config["options"][key] for key in ("model", "activation")} | given
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
-        images = load_images(given)
-        (partial(begin, name=name) if alone else compare)(given, root=root, images=images, world=world)
+        (partial(begin, name=name) if alone else compare)(given, root=root, images=load_images(given), world=world)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python benchmarks/penalty.py                                    ResNeXt-34 (2x32), counts only, seconds to run
     python benchmarks/penalty.py --time                             and time and memory, interleaved, on this device
     python benchmarks/penalty.py --model resnet50 --size 224 --classes 1000
-    python benchmarks/penalty.py --time --way float32 --way tf32 --way bfloat16+channels_last --way compile
+    python benchmarks/penalty.py --time --way float32 --way tf32 --way bfloat16+channels_last
 
 Counts are of the convolutions and matrix products of one step, and of the bytes that all else in it (normalization,
 activation, pooling) reads and writes, in units of a plain step's; they do not depend on the machine.
 Times are medians of ratios to a plain step of the first way that ran just before, in the same process.
 A way is what train.py offers to be faster, joined by +: float32 (nothing), tf32 (which train.py refuses for small h),
-bfloat16 (--amp), channels_last, compile.  Beside it stands what it costs: how far the mean penalty is from the same in
+bfloat16 (--amp), channels_last.  Beside it stands what it costs: how far the mean penalty is from the same in
 float64, and the cosine of its weight gradient to that.
 """
 
@@ -19,7 +19,6 @@ import math
 import statistics
 import sys
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gradreg
 import models
 import runs
 import train
@@ -38,11 +38,27 @@ import train
 METHODS = {
     "plain": {"method": "none"},
     "fd": {"method": "fd"},
-    "fd, central": {"method": "fd", "central": True},
+    "fd, central": {"method": "fd", "function": "central"},
     "exact (double backpropagation)": {"method": "exact"},
-    "jvp (forward mode)": {"method": "jvp"},
+    "jvp (forward mode)": {"method": "exact", "function": "jvp"},
 }
-WAYS = ("float32", "tf32", "bfloat16", "channels_last", "compile")
+WAYS = ("float32", "tf32", "bfloat16", "channels_last")
+
+
+class Direct(train.Objective):
+    """The objective with a penalty that train.py does not offer: central differences, or forward mode."""
+
+    def __init__(self, network: nn.Module, *, function: str, **options: Any):
+        super().__init__(network, **options)
+        self.function = function
+
+    def part(self, images: Tensor, labels: Tensor, method: str) -> gradreg.Penalised:
+        def loss_fn(x: Tensor) -> Tensor:
+            return gradreg.cross_entropy(self.network(x), labels)
+
+        if self.function == "jvp":
+            return gradreg.jvp_penalty(loss_fn, images, norm=self.options.norm)
+        return gradreg.fd_penalty(loss_fn, images, norm=self.options.norm, h=self.options.h, central=True)
 
 
 class CountProducts(TorchDispatchMode):
@@ -124,16 +140,23 @@ class Prepared(NamedTuple):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+def objective_of(network: nn.Module, **options: Any) -> train.Objective:
+    """For options of train.py, and perhaps the function of gradreg.py that takes the place of its own."""
+    return (Direct if "function" in options else train.Objective)(network, **options)
+
+
 def prepared(network: nn.Module, images: Tensor, labels: Tensor, way: list[str], **options: Any) -> Prepared | None:
     """None where train.py refuses the method in this way."""
-    options |= {"amp": "bfloat16" in way, "compile": "compile" in way}
+    if "bfloat16" in way:
+        options["amp"] = True
     try:
-        train.check_given({name: value for name, value in options.items() if value is not False})
+        train.check_given(options)
     except runs.Failure:
         return None
+    if "amp" in options and "function" in options:
+        return None
     layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
-    objective = train.Objective(copy.deepcopy(network).to(memory_format=layout), **options)
-    objective = train.distributed(objective, types.SimpleNamespace(size=1))
+    objective = objective_of(copy.deepcopy(network).to(memory_format=layout), **options)
     return Prepared(objective, way, images.contiguous(memory_format=layout), labels)
 
 
@@ -159,7 +182,7 @@ def compared(plain: Prepared, case: Prepared, repeats: int) -> str:
         with of.precision():
             return measure(of.objective, of.images, of.labels)
 
-    for _ in range(3):  # algorithms are chosen, and networks compiled
+    for _ in range(3):  # algorithms are chosen
         one(plain), one(case)
     pairs = [(one(plain), one(case)) for _ in range(repeats)]
     ratio = statistics.median(mine[0] / base[0] for base, mine in pairs)

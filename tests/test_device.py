@@ -129,7 +129,7 @@ def command(monkeypatch, *arguments):
     return runs.run_command(train.main)
 
 
-@pytest.mark.parametrize("method", ["fd", "exact", "jvp", "none", "noise", "at", "free"])
+@pytest.mark.parametrize("method", ["fd", "exact", "none", "noise", "at", "free"])
 def test_a_run_trains_resumes_and_loads(monkeypatch, tmp_path, device, method):
     """Its first losses are those of a run on the CPU, where it draws nothing on the device."""
     replays = ["--replays", 2] if method == "free" else []

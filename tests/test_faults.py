@@ -373,14 +373,14 @@ def test_a_signal_during_an_evaluation_puts_it_off(monkeypatch, tmp_path, alone,
 
 def at_step(monkeypatch, step, do):
     """Let `do` happen just after the update of a step."""
-    real, steps = train.Meter.add, iter(range(1, step + 1))
+    real, steps = train.Watch.add, iter(range(1, step + 1))
 
     def add(self, *of):
         real(self, *of)
         if next(steps, None) == step:
             do()
 
-    monkeypatch.setattr(train.Meter, "add", add)
+    monkeypatch.setattr(train.Watch, "add", add)
 
 
 def assert_one_line_and_a_whole_checkpoint(capsys, run, message):
@@ -665,14 +665,14 @@ def test_an_attack_in_training_sees_the_same_statistics_after_a_resume(tmp_path)
 
     def prepare(last=None):
         models.cnn = with_batch_normalization
-        real, steps = train.Meter.add, iter(range(1, STEPS + 1))
+        real, steps = train.Watch.add, iter(range(1, STEPS + 1))
 
         def add(self, *of):
             real(self, *of)
             if next(steps) == last:
                 raise Crash
 
-        train.Meter.add = add
+        train.Watch.add = add
 
     for log, arguments, last, codes in (
         ("1", [*small, "--name", "whole"], None, [0, 0]),

@@ -1,4 +1,4 @@
-"""Scale: phases and sizes, baselines, precision, accumulation; and that any number of processes computes the same."""
+"""Scale: phases and sizes, baselines, precision; and that any number of processes computes the same."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ import data
 import models
 import runs
 import train
-from gradreg import cross_entropy, dual_norm, fd_penalty, input_gradient, uniform_ball
+from gradreg import Penalised, cross_entropy, dual_norm, fd_penalty, input_gradient
 
 IMAGENET = train.RECIPES["imagenet"]
 
@@ -55,8 +55,8 @@ def weights(run):
 
 
 def plan_of(*, epochs=29, batch_size=512, images=1_281_167, **options):
-    phases = train.stretch(IMAGENET, epochs=epochs, batch_size=batch_size)
-    return train.Plan(replace(IMAGENET, phases=phases, epochs=epochs, replays=4, **options), images)
+    asked = replace(IMAGENET, epochs=epochs, batch_size=batch_size, replays=4, **options)
+    return train.Plan(replace(asked, phases=train.stretch(IMAGENET, asked)), images)
 
 
 def test_the_imagenet_recipe_is_the_authors():
@@ -64,7 +64,6 @@ def test_the_imagenet_recipe_is_the_authors():
     sizes = [plan.phase(epoch).size for epoch in range(29)]
     assert sizes == [128] * 15 + [224] * 13 + [288]
     assert [plan.phase(epoch).batch_size for epoch in (0, 14, 15, 27, 28)] == [512, 512, 192, 192, 128]
-    assert [plan.phase(epoch).rectangular for epoch in (0, 15, 28)] == [False, False, True]
     rates = {epoch: plan.rate(plan.starts[epoch]) for epoch in (0, 4, 8, 15, 20, 25, 28)}
     assert rates == pytest.approx({0: 0.25, 4: 0.375, 8: 0.5, 15: 0.1, 20: 0.055, 25: 0.01, 28: 0.000625})
     assert plan.rate(plan.total - 1) == pytest.approx(0.0000625, rel=1e-2)
@@ -105,7 +104,7 @@ def normalizing(std=0.25):
     return nn.Sequential(models.Normalize([0.4, 0.5, 0.6], [std] * 3), body).double()
 
 
-OPTIONS = {"method": "fd", "norm": "l2", "h": 0.05, "central": False, "amp": False, "penalty_space": "pixel"}
+OPTIONS = {"method": "fd", "norm": "l2", "h": 0.05, "amp": False, "penalty_space": "pixel"}
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -216,14 +215,14 @@ def small(classes=4, channels=3, *, norm=True):
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_adversarial_images_are_in_the_ball_and_worse(norm):
-    network, eps = small().train(), {"l2": 0.5, "linf": 0.05}[norm]
+def test_adversarial_images_are_in_the_ball_and_worse(tmp_path, norm):
+    eps = {"l2": 0.5, "linf": 0.05}[norm]
+    trainer = trainer_of(tmp_path, small, world=runs.World("cpu"), method="at", norm=norm, eps=eps)
+    network = trainer.network.float()
     images, labels = torch.rand(20, 3, 6, 6), torch.arange(20) % 4
     images[0] = 0  # in a corner of [0, 1]
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    options = train.Options(method="at", norm=norm, eps=eps)
-    starts = images + eps * uniform_ball(images, norm, torch.Generator().manual_seed(0))
-    found = train.adversarial(network, images, labels, starts, options)
+    found = train.training_inputs(trainer, images, labels)
     lengths = attacks.distance(images, found, norm)
     assert lengths.max() <= eps
     assert lengths.mean() > 0.7 * eps
@@ -235,7 +234,7 @@ def test_adversarial_images_are_in_the_ball_and_worse(norm):
     assert (cross_entropy(network(found), labels) > cross_entropy(network(images), labels)).all()
 
 
-def test_free_is_the_algorithm_of_shafahi_et_al():
+def test_free_is_the_algorithm_of_shafahi_et_al(tmp_path):
     """Against a loop written from the paper's Algorithm 1, with clamping: same weights, same perturbation."""
     batches = [(torch.rand(8, 3, 6, 6), torch.arange(8) % 4) for _ in range(3)]
     eps, m, lr = 0.1, 3, 0.1
@@ -250,22 +249,21 @@ def test_free_is_the_algorithm_of_shafahi_et_al():
             optimizer.step()
             delta = (delta.detach() + eps * delta.grad.sign()).clamp(-eps, eps)
 
-    ours, free = small(), train.Free(eps)
-    optimizer = torch.optim.SGD(ours.parameters(), lr=lr)
+    given_ = {"method": "free", "eps": eps, "replays": m, "batch_size": 8}
+    trainer = trainer_of(tmp_path, small, world=runs.World("cpu"), **given_)
+    trainer.network.float()
+    trainer.plan.rate = lambda step: lr
+    trainer.optimizer = torch.optim.SGD(trainer.network.parameters(), lr=lr)
     for images, labels in batches:
         for _ in range(m):
-            inputs = free.inputs(images)
-            optimizer.zero_grad()
-            cross_entropy(ours(inputs), labels).mean().backward()
-            optimizer.step()
-            free.update()
+            trainer.update(images, labels)
 
-    for a, b in zip(network.parameters(), ours.parameters(), strict=True):
+    for a, b in zip(network.parameters(), trainer.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert (delta == free.delta).double().mean() > 0.99  # a gradient of rounding's size may have either sign
-    assert free.delta.abs().max() <= eps
-    assert free.inputs(torch.rand(2, 3, 4, 4)).shape == (2, 3, 4, 4)  # another size: begins at 0
-    assert free.delta.abs().max() == 0
+    assert (delta == trainer.delta).double().mean() > 0.99  # a gradient of rounding's size may have either sign
+    assert trainer.delta.abs().max() <= eps
+    assert train.training_inputs(trainer, torch.rand(2, 3, 4, 4), None).shape == (2, 3, 4, 4)  # another size: from 0
+    assert trainer.delta.abs().max() == 0
 
 
 FINE = {"test_loss": 0.0, "clean_error_pct": 0.0, "attacked_error_pct": 0.0}
@@ -273,14 +271,13 @@ TINY = ["digits", "--subset", 100, "--batch-size", 20]  # 5 batches an epoch
 
 
 def test_free_replays_batches_in_a_quarter_of_the_epochs(monkeypatch, tmp_path):
-    seen = []
+    seen, real = [], train.training_inputs
 
-    class Spy(train.Free):
-        def inputs(self, images):
-            seen.append(images.clone())
-            return super().inputs(images)
+    def spied(trainer, images, labels):
+        seen.append(images.clone())
+        return real(trainer, images, labels)
 
-    monkeypatch.setattr(train, "Free", Spy)
+    monkeypatch.setattr(train, "training_inputs", spied)
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
     assert command(monkeypatch, *TINY, "--method", "free", "--replays", 4, "--eps", "0.1", "--runs", tmp_path) == 0
     config = json.loads((tmp_path / "latest/config.json").read_text())
@@ -335,17 +332,33 @@ def test_adversarial_training_buys_robustness_in_its_norm(monkeypatch, tmp_path)
 # --- the same in parts, and in any number of processes ----------------------------------------------------
 
 
-def trainer_of(tmp_path, network, *, world, **given_):
-    """A Trainer in float64 of 32 coloured noise images, with `network` as its model."""
+class Parts(train.Objective):
+    """The objective of a batch that is taken in parts, each by itself: what so many processes make of it."""
+
+    def __init__(self, network, options, parts):
+        super().__init__(network, options)
+        self.parts = parts
+
+    def forward(self, images, labels):
+        parts = zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)
+        losses, penalties, grads = zip(*(super(Parts, self).forward(*part) for part in parts), strict=True)
+        grad = None if grads[0] is None else torch.cat(grads)
+        return Penalised(torch.cat(losses), torch.cat(penalties), grad)
+
+
+def trainer_of(tmp_path, network, *, world, parts=1, **given_):
+    """A Trainer in float64 of 32 coloured noise images, with `network` as its model; whole batches, or in parts."""
     images = torch.randint(0, 256, (32, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = data.InMemory(images, torch.arange(32) % 4)
     loaded = data.Data(source, source, list("abcd"), 3)
-    given_ = {"dataset": "digits", "workers": 0, "batch_size": 16, "lr": 0.05} | given_
+    given_ = {"dataset": "digits", "batch_size": 16, "lr": 0.05} | given_
     options = train.resolve(given_, loaded, world)
     with mock.patch.object(models, "cnn", side_effect=lambda classes, channels: network()):
         trainer = train.Trainer(tmp_path, train.describe(options, loaded, world), loaded, world)
     trainer.network.double()
-    trainer.objective = train.distributed(train.Objective(trainer.network, options), world)
+    trainer.objective = Parts(trainer.network, options, parts)
+    if world.size > 1:
+        trainer.objective = nn.parallel.DistributedDataParallel(trainer.objective)
     return trainer
 
 
@@ -369,16 +382,11 @@ def plain():
 
 CASES = {  # options, network, updates
     "fd": ({"method": "fd"}, plain, 4),
-    "fd, central, linf": ({"method": "fd", "central": True, "norm": "linf"}, plain, 4),
+    "fd, linf": ({"method": "fd", "norm": "linf"}, plain, 4),
     "fd, batch norm": ({"method": "fd"}, small, 4),
     "exact": ({"method": "exact"}, plain, 4),
     "exact, batch norm": ({"method": "exact"}, small, 4),
-    "jvp, batch norm": ({"method": "jvp"}, small, 4),
-    "fd, a share, from the third step on, batch norm": (
-        {"penalty_share": 0.5, "penalty_from": 1 / 40, "lam_warmup": 1.0, "unsquared": True},
-        small,
-        4,
-    ),
+    "fd, a share, batch norm": ({"penalty_share": 0.5, "unsquared": True}, small, 4),
     "noise": ({"method": "noise"}, plain, 4),
     "at": ({"method": "at"}, plain, 4),
     "at, batch norm": ({"method": "at"}, small, 1),  # then the running statistics of the parts differ
@@ -414,15 +422,7 @@ def all_cases(tmp_path, world, **given_):
     return found
 
 
-def test_parts_of_a_batch_are_the_batch(tmp_path):
-    world = runs.World("cpu")
-    whole, parts = all_cases(tmp_path, world), all_cases(tmp_path, world, accumulate=4)
-    for name in CASES:
-        if "batch norm" not in name:
-            torch.testing.assert_close(whole[name], parts[name], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", ["fd", "jvp"])
+@pytest.mark.parametrize("method", ["fd"])
 def test_passes_of_a_step_share_their_draw_and_nothing_else_does(job, method):
     """Both passes drop the same; steps and processes drop differently; and a step again, the same again."""
     folder, found = job
@@ -458,7 +458,7 @@ def process(rank, size, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     with contextlib.closing(runs.World("cpu")) as world:
         found = all_cases(folder, world) | canaries(folder, world)
-        found |= {f"masks {method}": masks_of(folder, world, method) for method in ("fd", "jvp")}
+        found |= {f"masks {method}": masks_of(folder, world, method) for method in ("fd",)}
         torch.save(found, folder / f"{size}-{rank}.pt")
 
 
@@ -481,7 +481,7 @@ def test_any_number_of_processes_computes_the_same(job):
     """In float64, every method; with batch normalization, whose statistics are of a part, the parts of one process."""
     folder, found = job
     world = runs.World("cpu")
-    whole, parts = all_cases(folder, world), all_cases(folder, world, accumulate=len(found))
+    whole, parts = all_cases(folder, world), all_cases(folder, world, parts=len(found))
     for name in CASES:
         expected = (parts if "batch norm" in name else whole)[name]
         for rank, weights_ in enumerate(found):
@@ -526,7 +526,7 @@ def coarse(classes, channels=3):
     return nn.Sequential(nn.AvgPool2d(16), *small(classes, channels))
 
 
-SHRUNK = ["imagenet", "--model", "cnn", "--epochs", 3, "--batch-size", 8, "--lr", 0.01, "--workers", 0]
+SHRUNK = ["imagenet", "--model", "cnn", "--epochs", 3, "--batch-size", 8, "--lr", 0.01]
 
 
 def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(monkeypatch, tmp_path, photographs):
@@ -582,7 +582,7 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_unreadable_images_are_named_and_skipped_up_to_a_limit(monkeypatch, tmp_path, photographs, capsys):
+def test_unreadable_images_are_named_and_skipped(monkeypatch, tmp_path, photographs):
     import shutil
 
     monkeypatch.setattr(models, "cnn", coarse)
@@ -590,26 +590,38 @@ def test_unreadable_images_are_named_and_skipped_up_to_a_limit(monkeypatch, tmp_
     damaged = [root / "train/n03/0.jpg", root / "val/n05/0.jpg"]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:300])
-    small_ = [*SHRUNK[:-1], 2, "--data-dir", root, "--epochs", 1, "--runs", tmp_path]
+    small_ = [*SHRUNK, "--data-dir", root, "--epochs", 1, "--runs", tmp_path]
     assert command(monkeypatch, *small_) == 0
     warnings = [e["message"] for e in records(tmp_path / "latest", "event") if e["event"] == "warning"]
     assert len(warnings) == 2
     for path in damaged:
         assert sum(str(path) in warning for warning in warnings) == 1
-    monkeypatch.setattr(train, "UNREADABLE", 1)
-    capsys.readouterr()
-    assert command(monkeypatch, *small_, "--name", "limit") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "more than 1 images cannot be read" in line
-    assert models.read_checkpoint(tmp_path / "limit/checkpoint.pt")["step"] == 3
+
+
+COMPILED = """
+import models
+from torch._functorch import config
+
+config.donated_buffer = False  # the penalty goes twice through the graph of l(x)
+
+
+def eager(classes): return models.cnn(classes)
+
+
+def compiled(classes):
+    network = models.cnn(classes)
+    network.compile()
+    return network
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "fd"])
-def test_a_compiled_network_trains_the_same(monkeypatch, tmp_path, method):
+def test_a_network_that_its_file_compiles_trains_the_same(monkeypatch, tmp_path, method):
+    (tmp_path / "net.py").write_text(COMPILED)
     small_ = ["digits", "--subset", 100, "--batch-size", 10, "--epochs", 1, "--method", method, "--runs", tmp_path]
-    for name, more in (("eager", []), ("compiled", ["--compile"])):
-        assert command(monkeypatch, *small_, "--name", name, *more) == 0
+    for name in ("eager", "compiled"):
+        assert command(monkeypatch, *small_, "--name", name, "--model", tmp_path / f"net.py:{name}") == 0
     a, b = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
     assert a.keys() == b.keys()
     for name in a:

@@ -747,7 +747,7 @@ def test_fine_tuning_begins_with_the_weights_and_keeps_the_statistics(mine, monk
     capsys.readouterr()
     assert command(train, *small, "--name", "tuned", "--unsquared") == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert "lam_warmup 1, unsquared; " in first
+    assert ", unsquared; " in first
     assert f"parameters from {mine}/runs/plain; " in first
     assert "20 steps of 10 images, 2 epochs from rate 0.005" in first
     before, after = weights("plain"), weights("tuned")
@@ -782,7 +782,7 @@ def test_the_page_on_your_network_is_what_happens(tmp_path, monkeypatch):
     torch.save(models.from_file("mine/net.py:build", classes=3).state_dict(), "mine/weights.pt")
     torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), "resnet18.pth")
     few = ["--images", 4, "--calibration", 0, "--audit-images", 2, "--blocks", 0, "--attack", "fab", "--norm", "l2"]
-    programs = {"train.py": (train, ["--workers", 0, "--epochs", 2]), "evaluate.py": (evaluate, few)}
+    programs = {"train.py": (train, ["--epochs", 2]), "evaluate.py": (evaluate, few)}
     for line in commands.splitlines():
         _, name, *arguments = shlex.split(line, comments=True)
         if name in programs:
