@@ -546,7 +546,7 @@ def adversarial(network: nn.Module, images: Tensor, labels: Tensor, starts: Tens
     how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps}
     how["step_size"] = 1.75 * options.eps / options.attack_steps
     with evaluating(network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
-        return attacks.pgd(network, images, labels, loss=cross_entropy, start=starts, **how)
+        return attacks.ascend(network, images, labels, loss=cross_entropy, start=starts, **how)
 
 
 class Free:
