@@ -16,8 +16,8 @@ All are called attack(model, images, labels, *, norm, topk=1, start=None, genera
 and return images like `images`, no farther than `start` (adversarial images) where that is given.  A row that is
 unchanged is an image that was misclassified to begin with, or that the attack could not break.  ValueError, in one
 line, for what no attack can work with.  Randomness is drawn in the shape of one image and serves the whole batch, so
-that the result of an image does not depend on its neighbours.  Images that are done take part in no further pass.  A
-`call` is one image through one forward pass, or through one backward pass.  Left out: targeted attacks, l1.
+that the result of an image does not depend on its neighbours.  A `call` is one image through one forward pass, or
+through one backward pass.  Left out: targeted attacks, l1.
 """
 
 import copy
@@ -216,8 +216,7 @@ def pgd(best, *, generator, eps=None, steps: int = 20, restarts: int = 1, target
     of the `targets` classes that are nearest to first order (none with topk > 1); all that `restarts` times.  An image
     is done as soon as it is misclassified, and comes back unchanged if it never is; none is more than eps away, as
     `distance` measures it.  eps is in units of images, one or one for each image (N,).  None: the smallest of each
-    image, by bisection to 0.5 %, below the distance of `start` where that is given; at most 10 rounds of 2 * steps + 1
-    calls a run.
+    image by bisection to 0.5 %, below that of `start` if given, in at most 10 rounds of 2 * steps + 1 calls a run.
     """
     goals, tol = [None, *_goals(best, targets)] * restarts, 5e-3
     if eps is not None:
@@ -242,9 +241,9 @@ def ascend(
 ) -> Tensor:  # fmt: skip
     """Images to train on: `pgd` on loss(logits (N, classes), labels) -> (N,), say `gradreg.cross_entropy`.
 
-    The last iterate of every image, untested, in [0, 1] and at most eps away: steps forward and backward passes from
-    `start` (moved into the ball) or from uniform noise.  norm may be l1, too.  The model's mode is neither looked at
-    nor changed: in training mode these passes update the running statistics of batch normalization.
+    The last iterate of every image, untested, in [0, 1] and at most eps away, from `start` (moved into the ball) or
+    uniform noise; norm may be l1, too.  The model's mode is neither looked at nor changed: in training mode these steps
+    forward and backward passes update the running statistics of batch normalization.
     """
     _check_images(images)
     if step_size is not None and not 0 <= step_size < math.inf:
@@ -345,23 +344,25 @@ def boundary(best, *, generator, calls: int = 450) -> None:
     x0, z = best.images[rows].flatten(1), best.adversarial[rows].flatten(1)
     votes = min(round(10 * best.images[0].numel() ** 0.25), calls // 3)
     cost = votes + 4 + 2 + 8  # of the bisections in `_round`
-    normal, reach = direction(z - x0, "l2"), torch.full_like(z[:, 0], 0.5)
-    for number in range(calls // cost):
+    normal, reach, before = direction(z - x0, "l2"), torch.full_like(z[:, 0], 0.5), z[:0]
+    for _ in range(calls // cost):
         on = best.affords(rows, cost).nonzero()[:, 0]
         rows, x0, z, normal, reach = (part[on] for part in (rows, x0, z, normal, reach))
-        moves = _moves(best.images, votes, number, generator)
+        moves = _moves(best.images, votes, before, generator)
+        before = torch.cat([before, moves]) if len(before) + 2 * votes <= before.shape[1] else before[:0]
         z, normal, reach = _round(best, rows, x0, z, normal, reach, moves)
 
 
-def _moves(images: Tensor, votes: int, number: int, generator: Generator) -> Tensor:
-    """Random orthonormal directions (votes, n): first of coarse images, as photographs are, then of ever finer ones."""
+def _moves(images: Tensor, votes: int, before: Tensor, generator: Generator) -> Tensor:
+    """Random directions (votes, n), orthonormal, to `before` too; smooth first, as photographs are, then finer."""
     channels, *sides = images.shape[1:]
-    side = max(8, math.ceil((votes * (number + 1) / channels) ** 0.5))
-    coarse = [min(side, s) for s in sides] if len(sides) == 2 else sides
+    share = ((len(before) + votes) / images[0].numel()) ** 0.5
+    coarse = [min(s, max(8, math.ceil(share * s))) for s in sides] if len(sides) == 2 else sides
     u = torch.randn(votes, channels, *coarse, generator=generator, device=generator.device)
     if coarse != sides:
         u = torch.nn.functional.interpolate(u, size=sides, mode="bilinear")
-    return torch.linalg.qr(u.flatten(1).T).Q.T.to(images)
+    u = u.flatten(1).to(images)
+    return torch.linalg.qr((u - u @ before.T @ before).T).Q.T
 
 
 def _round(best, rows, x0, z, normal, reach, moves) -> tuple[Tensor, Tensor, Tensor]:
