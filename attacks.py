@@ -96,7 +96,7 @@ def smallest(
             best.doubted |= best.distances.isinf()
             best.budget[best.doubted] = math.inf
         rows = best.rows(~best.doubted | (idle < 2)) if name in attacks else labels[:0]
-        rows = rows[best.affords(rows, most)]
+        rows = rows[best.affords(rows, most + topk - 1)]
         if len(rows) == 0:
             continue
         known, part = best.distances.clone(), best.among(rows, anew=name in ("logbarrier", "carlini_wagner"))
@@ -213,10 +213,10 @@ def pgd(best, *, generator, eps=None, steps: int = 20, restarts: int = 1, target
     """pgd(..., eps=None, steps=20, restarts=1, targets=1): projected gradient ascent in a ball, Madry et al. (2018).
 
     From uniform random starts, in steps that fall linearly from eps to eps / steps: ascend the margin, then the logits
-    of the `targets` classes that are nearest to first order (none with topk > 1); all that `restarts` times.  An image
-    is done as soon as it is misclassified, and comes back unchanged if it never is; none is more than eps away, as
-    `distance` measures it.  eps is in units of images, one or one for each image (N,).  None: the smallest of each
-    image by bisection to 0.5 %, below that of `start` if given, in at most 10 rounds of 2 * steps + 1 calls a run.
+    of the `targets` classes that are nearest to first order; all that `restarts` times.  An image is done as soon as it
+    is misclassified, and comes back unchanged if it never is; none is more than eps away, as `distance` measures it.
+    eps is in units of images, one or one for each image (N,).  None: the smallest of each image by bisection to 0.5 %,
+    below that of `start` if given, in at most 10 rounds of 2 * steps + 1 calls a run.
     """
     goals, tol = [None, *_goals(best, targets)] * restarts, 5e-3
     if eps is not None:
@@ -443,11 +443,11 @@ def logbarrier(best, *, generator, steps: int = 50) -> None:
         m = lam ||g||_* / ||delta||,   here with lam = mu ||delta||^2,   mu from 0.5 down to 0.001           (2)
 
     so that mu is the relative distance still kept from the boundary, at any scale of model and image.  A step that
-    would be classified correctly is halved, at most 4 times, then not taken.  At most 7 * steps + 65 calls.
+    would be classified correctly is halved, at most 4 times, then not taken.  At most 7 * steps + 64 + topk calls.
     """
     _start_from_noise(best, _child(generator))
     rows = best.rows()
-    for goal in [] if best.started else _goals(best, 1) or [None]:  # half as far again as the nearest boundary
+    for goal in [] if best.started else _goals(best, 1):  # half as far again as the boundary of the nearest class
         aimed, grad, _ = best.aim(rows, best.images[rows], goal)
         best.test(rows, (best.images[rows] + nearest(grad, -1.5 * aimed, best.images[rows], best.norm)).clamp(0, 1))
     rows = best.rows(best.distances.isfinite())
@@ -509,13 +509,12 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
 
 
 def _goals(best, targets: int) -> list[Tensor]:
-    """The `targets` classes (images, 1) whose boundary is nearest to first order, among the 9 likeliest; if topk = 1.
+    """`targets` sets of topk classes (images, topk) to overtake the label, the nearest to first order first.
 
-    With topk > 1 none: what a fixed set of classes finds the margin finds too.  One forward pass, and a backward pass
-    for each class.
+    The topk - 1 nearest and each of the next, out of the likeliest 9 + topk - 1.  A backward pass for each class.
     """
-    count = min(max(9, targets), best.logits.shape[1] - 1)
-    rows = best.rows()[: None if targets > 0 and best.topk == 1 else 0]
+    shared, count = best.topk - 1, min(max(9, targets) + best.topk - 1, best.logits.shape[1] - 1)
+    rows = best.rows()[: None if targets > 0 else 0]
     if len(rows := rows[best.affords(rows, count + 4)]) == 0:
         return []
     classes = best.likeliest[:, :count].clone()
@@ -527,7 +526,8 @@ def _goals(best, targets: int) -> list[Tensor]:
     best.spent[rows] += count
     reach = -leads.detach() / torch.stack(norms, dim=1)
     classes[rows] = classes[rows].gather(1, reach.argsort(dim=1))
-    return list(classes[:, :targets].T[:, :, None])
+    last = classes[:, shared : shared + targets]
+    return [torch.cat([classes[:, :shared], one[:, None]], dim=1) for one in last.T]
 
 
 def _shares(leads: Tensor, blend: float) -> Tensor:
@@ -775,8 +775,8 @@ def _in_ball(best, *, generator: Generator | None, probe: float = 0.02, off: flo
     _break(best, rows, 0.99 * radius, [None], 10, generator)
 
 
-# In this order; how many calls an image must afford to begin; whether it is a guard.  fab and boundary spend what there
-# is: a step and a test, or a round.
+# In this order; how many calls an image must afford to begin, where topk > 1, topk - 1 more (`_goals`); whether it is
+# a guard.  fab and boundary spend what there is: a step and a test, or a round.
 _LADDER = (
     ("fab", functools.partial(fab.search, steps=20, targets=2, restarts=1), 3, False),
     ("pgd", _in_ball, 27, True),
