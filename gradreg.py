@@ -4,34 +4,30 @@ The training objective is eq. (8), written as a mean over images,
 
     mean_i  l(x_i; w)  +  lam/2  mean_i  ||grad_x l(x_i; w)||_*^2                   # eq. (8)
 
-where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.  (Algorithm 1 has lam in
-the place of lam/2.  In linf every penalty here is ||g||_1^2 / n, n values per image, so that one lam means one thing;
-for finite differences this is the paper's own scale, for its double backpropagation we assume it.)
+where ||.||_* is dual to the norm that measures attacks: l2 <-> l2, linf <-> l1, l1 <-> linf.  (Algorithm 1 has lam for
+lam/2.  In linf every penalty is ||g||_1^2 / n, n values per image, so that one lam means one thing; for finite
+differences this is the paper's own scale, for its double backpropagation we assume it.)
 
 One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2, in which the
 loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks divided by sqrt(n), see `direction`), and
 because d maximises <g, .>, the derivative of <g, d> with respect to the weights does not see d move (the envelope
-theorem).  So d may be detached without approximation, and what is left to compute is a directional derivative:
+theorem).  So d is detached without approximation, and what is left to compute is a directional derivative, of any
+`loss_fn` that maps images (N, ...) to one loss per image (N,); none knows what a network is:
 
     fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
     exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
     jvp_penalty    d/dt l(x + t d) at t = 0     forward mode, then one ordinary backward: the other twin
 
-All three take any `loss_fn` that maps images (N, ...) to one loss per image (N,); none knows what a network is.
-
-Chance.  The penalty of a network in training mode is the penalty of one draw of it (dropout, stochastic depth, noise):
-every pass begins with torch's random state, of the CPU and of x's device, as the first one found it, and the last one
-leaves it as one pass does.  A generator of the network's own, Python's and numpy's cannot be taken back: there the
-quotient is noise over h.  While a CUDA graph is captured torch lets nobody read its state, and raises.
+Chance.  The penalty of a network in training mode is that of one draw of it (dropout, stochastic depth, noise): every
+pass begins with torch's random state, of the CPU and of x's device, as the first one found it.  Not so a generator of
+the network's own, Python's or numpy's: there the quotient is noise over h.  While a CUDA graph is captured it raises.
 
 Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the
-batch's losses with respect to image i, as in the authors' code (Algorithm 1 writes the loss of one image).  The second
-pass, at x + h d, uses its own batch statistics, and every pass updates the running ones: twice a step for `fd` and
-`jvp`, three times for central differences, once for `exact`.  In evaluation mode the images are independent.
+batch's losses with respect to image i, as in the authors' code.  Every pass uses its own batch statistics and updates
+the running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.
 
-The second half is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].
-
-Left out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
+The second half is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].  Left out:
+the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
 """
 
 import math
@@ -42,11 +38,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-# `norm` always names the norm of the ATTACK; its dual is taken in `dual_norm` and nowhere else.
-Norm = Literal["l2", "linf", "l1"]
-
-# Images (N, ...) -> one loss per image (N,).
-LossFn = Callable[[Tensor], Tensor]
+Norm = Literal["l2", "linf", "l1"]  # of the ATTACK; its dual is taken in `dual_norm` and nowhere else
+LossFn = Callable[[Tensor], Tensor]  # images (N, ...) -> one loss per image (N,)
 
 
 class Penalised(NamedTuple):
@@ -66,8 +59,8 @@ def joined(part: Penalised, rest: Tensor) -> Penalised:
 
     penalties_i = n/m ||g_i||_*^2 for i in the part, else 0:   E[mean_i penalties_i] = mean_i ||g_i||_*^2
 
-    where the part is drawn uniformly.  With finite differences a step costs 3 + 4 m/n units, for 7.  Batch
-    normalization has the statistics of each of both parts.  grad is the part's, (m, ...).
+    where the part is drawn uniformly.  With finite differences a step costs 3 + 4 m/n units, for 7.  Each of both has
+    its own batch statistics; grad is the part's.
     """
     n, m = len(part.losses) + len(rest), len(part.losses)
     penalties = torch.cat([part.penalties * (n / m), torch.zeros_like(rest)])
@@ -78,7 +71,7 @@ def penalty_weight(delta: float, curvature: float = 0.0) -> float:
     """Prop. 3.1: the lam of (8) from the delta of the quadratic cost ||v||^2 / (2 delta) in (2) and (7).
 
     max_v l(x + v) - ||v||^2 / (2 delta)  <=  l(x) + lam/2 ||g||_*^2   where omega(eps) <= curvature eps^2 / 2.
-    In linf multiply it by n for the penalties below.  Raises ValueError where the left side can be infinite.
+    In linf multiply it by n for the penalties below.  ValueError where the left side can be infinite.
     """
     if not (delta > 0 and delta * curvature < 1):
         raise ValueError(f"delta must be positive and below 1 / curvature, not {delta} with curvature {curvature}")
@@ -97,15 +90,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return shifted.exp().sum(dim=1).log() - shifted.gather(1, labels[:, None])[:, 0]
 
 
-def input_gradient(loss_fn: LossFn, x: Tensor) -> tuple[Tensor, Tensor]:
+def input_gradient(loss_fn: LossFn, x: Tensor, **graph: bool) -> tuple[Tensor, Tensor]:
     """Losses (N,) and grad (N, ...), both detached: row i of grad is the gradient of the loss of image i.
 
-    It is the gradient of the SUM over the batch (with a mean every row would be off by the factor N).
-    One forward pass and one backward pass to the input alone; gradients of the weights are neither computed
-    nor touched.  Raises ValueError when loss_fn does not return one loss per image.
+    One forward pass and one backward pass to the input alone, which touches no gradient of the weights.  With torch's
+    retain_graph or create_graph neither is detached.  ValueError when loss_fn does not return one loss per image.
     """
-    losses, grad = _losses_and_gradient(loss_fn, x)
-    return losses.detach(), grad
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        losses = _per_image(loss_fn(x), x)
+    return losses if graph else losses.detach(), gradient(losses, x, **graph)
 
 
 @torch.enable_grad()
@@ -120,8 +114,7 @@ def gradient(losses: Tensor, x: Tensor, **graph: bool) -> Tensor:
 def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
     """||grad_i||_* (N,), dual to the attack's norm: l2 -> l2, linf -> l1, l1 -> linf.  Loss per unit of x."""
     check_norm(norm)
-    order = {"l2": 2, "linf": 1, "l1": math.inf}[norm]
-    return torch.linalg.vector_norm(grad.flatten(1), order, dim=1)
+    return vector_norm(grad, {"l2": "l2", "linf": "l1", "l1": "linf"}[norm])
 
 
 def direction(grad: Tensor, norm: Norm) -> Tensor:
@@ -138,61 +131,50 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
     elif norm == "l1":
         largest = flat.abs().argmax(dim=1, keepdim=True)
         d = torch.zeros_like(flat).scatter(1, largest, _sign(flat.gather(1, largest)))
-    else:
-        # Divide by the largest entry first: the squares of tiny gradients would underflow.
+    else:  # divided by the largest entry first: the squares of tiny gradients would underflow
         largest = flat.abs().amax(dim=1, keepdim=True)
         d = torch.nn.functional.normalize(flat / largest.where(largest != 0, 1), dim=1)
     return d.view_as(grad)
 
 
 def fd_penalty(
-    loss_fn: LossFn,
-    x: Tensor,
-    *,
-    norm: Norm,
-    h: float,
-    central: bool = False,
-    squared: bool = True,
+    loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, central: bool = False, squared: bool = True,
     scout: LossFn | None = None,
-) -> Penalised:
+) -> Penalised:  # fmt: skip
     """Algorithm 1: the penalty without double backpropagation; slopes exceed the exact ones by omega(h)/h at most (6).
 
     penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2                                        # eq. (9)
 
-    central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is
-    smooth, for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with
-    delta = lam/2 (in linf lam / (2 sqrt(n))).  h is in units of x, as a rule pixels in [0, 1] (the paper: 0.01).
-
-    The difference cancels digits: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless
-    h is 0.1 or more.  A training step costs 7 forward passes' worth (a plain step: 3).
-
-    scout: the same loss in cheaper arithmetic, say bfloat16, from which only the direction is taken; then the
-    step costs 6 of loss_fn and 2 of scout.  A direction that is off by an angle t loses 1 - cos t of the slope.
-    Raises ValueError unless h is positive and finite.
+    central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is smooth,
+    for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with delta = lam/2
+    (in linf lam / (2 sqrt(n))).  h, positive and finite, is in units of x, as a rule pixels in [0, 1] (the paper:
+    0.01).  The difference cancels digits: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless h
+    is 0.1 or more.  scout: the same loss in cheaper arithmetic, say bfloat16, from which only the direction is taken;
+    one that is off by an angle t loses 1 - cos t of the slope.  A training step costs 7 forward passes' worth (a plain
+    step: 3), with scout 6, and 2 of it.
     """
-    if not (math.isfinite(h) and h > 0):
+    if not 0 < h < math.inf:
         raise ValueError(f"h must be a positive finite number, not {h}")
     loss_fn, scout = _same_draw(loss_fn, x), scout and _same_draw(scout, x)
-    if scout is None:
-        losses, grad = _losses_and_gradient(loss_fn, x, retain_graph=True)
-    else:
-        _, grad = _losses_and_gradient(scout, x)
-        losses = _per_image(loss_fn(x.detach()), x)
+    losses, grad = input_gradient(scout or loss_fn, x, retain_graph=scout is None)
+    losses = _per_image(loss_fn(x.detach()), x) if scout else losses
     step = h * direction(grad, norm)  # built from a detached gradient: line "detach d" of Algorithm 1
     ahead = _per_image(loss_fn(x.detach() + step), x)
     behind, width = (_per_image(loss_fn(x.detach() - step), x), 2 * h) if central else (losses, h)
-    return Penalised(losses, _power((ahead - behind) / width, squared), grad)
+    slopes = (ahead - behind) / width
+    return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
 
 
 def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True) -> Penalised:
     """The exact penalty ||g||_*^2 (linf: ||g||_1^2 / n) by double backpropagation, "DBP" in Tables 1 and 2.
 
-    loss_fn must be twice differentiable by autograd.  A training step costs 6 forward passes' worth, but
-    through a graph that is kept alive and walked twice.  squared=False as in `fd_penalty`.
+    loss_fn must be twice differentiable by autograd.  A training step costs 6 forward passes' worth, but through a
+    graph that is kept alive and walked twice.  squared=False as in `fd_penalty`.
     """
-    losses, grad = _losses_and_gradient(loss_fn, x, create_graph=True)
+    losses, grad = input_gradient(loss_fn, x, create_graph=True)
     d = direction(grad.detach(), norm)  # detached by the envelope theorem: exact, and safe where g = 0
-    return Penalised(losses, _power((grad * d).flatten(1).sum(1), squared), grad.detach())
+    slopes = (grad * d).flatten(1).sum(1)
+    return Penalised(losses, slopes.square() if squared else slopes.abs(), grad.detach())
 
 
 def jvp_penalty(
@@ -200,18 +182,17 @@ def jvp_penalty(
 ) -> Penalised:
     """`exact_penalty` to rounding: the slope along d by forward-mode differentiation, then one backward.
 
-    It is the limit h -> 0 of `fd_penalty` without the cancellation: the same two passes, the second one
-    carrying a tangent.  Every operation of loss_fn must have a forward-mode derivative (torch raises
-    NotImplementedError and names the one that has none), and torch's own softmax, log_softmax, logsumexp and
-    cross_entropy fail in the backward after it (pytorch issue 162350): use `cross_entropy` from here.
-    squared and scout as in `fd_penalty`.
+    It is the limit h -> 0 of `fd_penalty` without the cancellation: the same two passes, the second one carrying a
+    tangent.  Every operation of loss_fn must have a forward-mode derivative (torch raises NotImplementedError and names
+    the one that has none), and torch's own softmax, log_softmax, logsumexp and cross_entropy fail in the backward after
+    it (pytorch issue 162350): use `cross_entropy` from here.  squared and scout as in `fd_penalty`.
     """
     loss_fn, scout = _same_draw(loss_fn, x), scout and _same_draw(scout, x)
-    _, grad = _losses_and_gradient(scout or loss_fn, x)
+    _, grad = input_gradient(scout or loss_fn, x)
     d = direction(grad, norm)
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
-    return Penalised(losses, _power(slopes, squared), grad)
+    return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
 
 
 # --- geometry: balls of the attack's norm, and the box of images ------------------------------------------
@@ -231,7 +212,7 @@ def vector_norm(v: Tensor, norm: Norm) -> Tensor:
 def steepest(grad: Tensor, norm: Norm) -> Tensor:
     """The steepest step of length 1 in the attack's norm, like grad; 0 where grad is 0.
 
-    In l1 a tenth of the pixels share it: the steepest step moves a single one, and ascent by those does not get far.
+    In l1 a tenth of the pixels share it: ascent that moves a single one a step does not get far.
     """
     if norm == "l1":
         flat = grad.flatten(1)
@@ -244,11 +225,10 @@ def steepest(grad: Tensor, norm: Norm) -> Tensor:
 def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Tensor:
     """x, moved into the ball of `radius` (one, or one per image) around each image, and into [0, 1].
 
-    For images in [0, 1] and radius >= 0 the result is never beyond radius, measured in float64: clipping only shortens
-    x - images, and what is beyond by a rounding goes back by a growing share of its way, at last by all of it.
-    Nothing is checked: for a negative radius the result is the image, and NaN stays NaN.
+    For images in [0, 1] and radius >= 0 the result is never beyond radius, measured in float64: what is beyond by a
+    rounding goes back by a growing share of its way, at last by all of it.  Nothing is checked: for a negative radius
+    the result is the image, and NaN stays NaN.
     """
-    check_norm(norm)
     radius = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
     r, delta = column(radius.to(x), x), x - images
     if norm == "linf":
@@ -291,26 +271,16 @@ def uniform_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = N
     return v.view_as(like).to(like.device)
 
 
-# --- inner parts -------------------------------------------------------------------------------------------
-
-
-def _losses_and_gradient(loss_fn: LossFn, x: Tensor, **graph: bool) -> tuple[Tensor, Tensor]:
-    """Losses (N,), with the graph that was asked for (retain_graph, create_graph), and the gradient of their sum."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        losses = _per_image(loss_fn(x), x)
-    return losses, gradient(losses, x, **graph)
-
-
 def _same_draw(loss_fn: LossFn, x: Tensor) -> LossFn:
     """loss_fn, every call of which begins with the random state of this moment (read in microseconds)."""
-    device = None if x.device.type in ("cpu", "meta") else torch.get_device_module(x.device)
-    cpu_state, state = torch.get_rng_state(), device and device.get_rng_state(x.device)
+    restores = [(torch.set_rng_state, torch.get_rng_state())]
+    if x.device.type not in ("cpu", "meta"):
+        device = torch.get_device_module(x.device)
+        restores.append((device.set_rng_state, device.get_rng_state(x.device), x.device))
 
     def replayed(z: Tensor) -> Tensor:
-        torch.set_rng_state(cpu_state)
-        if device:
-            device.set_rng_state(state, x.device)
+        for restore, *state in restores:
+            restore(*state)
         return loss_fn(z)
 
     return replayed
@@ -322,13 +292,7 @@ def _sign(values: Tensor) -> Tensor:
 
 
 def _per_image(losses: Tensor, x: Tensor) -> Tensor:
-    if losses.shape != (len(x),):
-        raise ValueError(
-            f"loss_fn must return one loss per image, shape ({len(x)},), not {tuple(losses.shape)};"
-            " with a torch loss, use reduction='none'"
-        )
+    wanted, given = (len(x),), tuple(losses.shape)
+    if given != wanted:
+        raise ValueError(f"loss_fn must return one loss per image, shape {wanted}, not {given}: use reduction='none'")
     return losses
-
-
-def _power(slopes: Tensor, squared: bool) -> Tensor:
-    return slopes.square() if squared else slopes.abs()

@@ -466,7 +466,7 @@ def training_inputs(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
     how |= {"start": start, "step_size": 1.75 * options.eps / options.attack_steps}
     # In evaluation mode, so that the attack leaves the running statistics alone.
     with evaluating(trainer.network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
-        return attacks.pgd(trainer.network, images, labels, **how)
+        return attacks.ascend(trainer.network, images, labels, **how)
 
 
 # --- what surrounds the steps: records, lines, stops ------------------------------------------------------
