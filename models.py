@@ -32,8 +32,6 @@ from runs import Unusable, launched, read_checkpoint, resolve
 
 CIFAR10_MEAN, CIFAR10_STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-MEAN_STD = sum(IMAGENET_STD) / 3  # pixels, of range 0 to 1, to a normalized unit, about
-NORMALIZED = {"resnet9", "resnet9-narrow", "resnet50"}  # models whose first layer is Normalize
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "celu": nn.CELU}
 # Around or in front of the names of weights; what a file may hold beside them, numpy's numbers and argparse's options.
 WRAPPINGS = "state_dict", "model_state_dict", "model", "network", "net"

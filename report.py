@@ -139,7 +139,7 @@ COMMON = {"activation": "relu", "central": False, "unsquared": False, "recipe": 
 COMMON |= {"lam_warmup": 0.0, "penalty_share": 1.0, "penalty_from": 0.0, "subset": None, "init": None, "size": None}
 RECIPES = {
     "cifar10": {"model": "resnext34-authors", "epochs": 200, "batch_size": 128, "lr": 0.1},
-    "imagenet": {"model": "resnet50", "epochs": 29, "penalty_space": "normalized"},
+    "imagenet": {"model": "resnet50", "epochs": 29},
 }
 
 
@@ -174,8 +174,11 @@ def paper_model(options: dict[str, Any], dataset: str) -> str | None:
     names = {"none": "undefended", "at": attacked, "free": f"linf For Free AT m={options.get('replays')}"}
     kind = {"l2": "squared l2", "linf": "squared l1"}.get(options["norm"])
     how = {"fd": " (FD)", "exact": " (DBP)"}.get(method, "?") if dataset == "cifar10" else ""
-    step = f" h={options['h']:g}" if method == "fd" and options["h"] != 0.01 else ""
-    return names.get(method, f"{kind}{how} lambda={options['lam']:g}{step}")
+    lam, h = options["lam"], options["h"]
+    if dataset == "imagenet":  # where the paper's are behind the normalization
+        lam, h = {0.0051: 0.1, 0.051: 1.0}.get(lam), 0.01 if h == 0.0023 else None
+    step = f" h={h}" if method == "fd" and h != 0.01 else ""
+    return names.get(method, f"{kind}{how} lambda={lam}{step}".replace("=1.0", "=1"))
 
 
 ERRORS, OMEGA, FALSE = "empirical_error_pct_*", "omega_error_pct_*", "false_pct_omega_bound"

@@ -119,7 +119,7 @@ def test_a_terminal_of_any_encoding_and_width_shows_every_figure(encoding, width
 OPTIONS = {
     **{"model": "resnext34-authors", "epochs": 200, "activation": "relu", "central": False, "subset": None},
     **{"batch_size": 128, "lr": 0.1},
-    **{"norm": "l2", "lam": 0.1, "h": 0.01, "eps": 8 / 255, "attack_steps": 7, "replays": 8, "penalty_space": "pixel"},
+    **{"norm": "l2", "lam": 0.1, "h": 0.01, "eps": 8 / 255, "attack_steps": 7, "replays": 8},
 }
 
 
@@ -141,7 +141,7 @@ def test_a_paper_row_is_found_for_the_same_method():
     assert paper_row("2", method="at", norm="linf", eps=2 / 255)["mean_distance_empirical"] == 0.66
     assert paper_row("1", method="free", epochs=25)["clean_error_pct"] == 19.94
     assert paper_row("6", **fd)["omega_error_pct_0.25"] > 0
-    imagenet = {"model": "resnet50", "epochs": 29, "penalty_space": "normalized"}
+    imagenet = {"model": "resnet50", "epochs": 29, "lam": 0.0051, "h": 0.0023}
     assert paper_row("2", "imagenet", **fd, **imagenet)["mean_distance_empirical"] == 1.14
 
 

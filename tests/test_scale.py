@@ -21,7 +21,7 @@ import data
 import models
 import runs
 import train
-from gradreg import Penalised, cross_entropy, dual_norm, fd_penalty, input_gradient
+from gradreg import Penalised, cross_entropy, dual_norm, fd_penalty
 
 IMAGENET = train.RECIPES["imagenet"]
 
@@ -104,51 +104,28 @@ def normalizing(std=0.25):
     return nn.Sequential(models.Normalize([0.4, 0.5, 0.6], [std] * 3), body).double()
 
 
-OPTIONS = {"method": "fd", "norm": "l2", "h": 0.05, "amp": False, "penalty_space": "pixel"}
+OPTIONS = {"method": "fd", "norm": "l2", "h": 0.05, "amp": False}
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_same_penalty_in_both_coordinates(norm):
-    """With one std for all channels, lam and h in one are std^2 lam and std h in the other."""
-    network, images, labels = normalizing(0.25), torch.rand(5, 3, 4, 4).double(), torch.tensor([0, 1, 2, 3, 0])
+    """The authors' lam and h, behind the normalization, are std^2 lam and std h in pixels: the ImageNet recipe's."""
+    std, recipe = 0.25, train.RECIPES["imagenet"]
+    network, images, labels = normalizing(std), torch.rand(5, 3, 4, 4).double(), torch.tensor([0, 1, 2, 3, 0])
+    first, rest = models.coordinates(network)
 
-    def gradient(space, lam, h):
+    def gradient(part, x, lam, h):
         network.zero_grad()
-        objective = train.Objective(network, **OPTIONS | {"penalty_space": space, "norm": norm, "h": h})
-        out = objective(images, labels)
+        out = train.Objective(part, **OPTIONS | {"norm": norm, "h": h})(x, labels)
         out.objective(lam).backward()
         return torch.cat([p.grad.flatten() for p in network.parameters()]), out
 
-    inside, a = gradient("normalized", 0.1, 0.01)
-    outside, b = gradient("pixel", 0.1 * 0.25**2, 0.01 * 0.25)
+    inside, a = gradient(rest, first(images), 0.1, 0.01)
+    outside, b = gradient(network, images, 0.1 * std**2, 0.01 * std)
     torch.testing.assert_close(inside, outside, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(dual_norm(a.grad, norm), dual_norm(b.grad, norm) * 0.25)
-    assert not torch.allclose(inside, gradient("pixel", 0.1, 0.01)[0], rtol=1e-3)
-
-
-def test_options_are_translated_between_coordinates():
-    std = models.MEAN_STD
-    own = train.coordinates_of({}, IMAGENET)
-    assert own == {"penalty_space": "normalized", "lam": 0.1, "h": 0.01}
-    for given_ in ({"penalty_space": "pixel"}, {"model": "cnn"}):
-        own = train.coordinates_of(given_, IMAGENET)
-        assert own == {"penalty_space": "pixel", "lam": pytest.approx(0.1 * std**2), "h": pytest.approx(0.01 * std)}
-    own = train.coordinates_of({"penalty_space": "normalized", "model": "resnet50"}, train.RECIPES["cifar10"])
-    assert own["lam"] == pytest.approx(0.1 / std**2)
-    with pytest.raises(runs.Failure, match="takes pixels as they are"):
-        train.coordinates_of({"penalty_space": "normalized", "model": "cnn"}, IMAGENET)
-    images = data.load("digits", subset=60)  # and what the user says is taken as it is
-    given_ = {"dataset": "digits", "penalty_space": "pixel", "lam": 0.3, "h": 0.2}
-    options = train.resolve(given_, images, runs.World("cpu"))
-    assert (options.penalty_space, options.lam, options.h) == ("pixel", 0.3, 0.2)
-
-
-def test_models_that_normalize_are_known():
-    for name in models.MODELS:
-        with torch.device("meta"):
-            first, rest = models.coordinates(models.build(name, classes=10))
-        assert isinstance(first, models.Normalize) == (name in models.NORMALIZED)
-        assert not any(isinstance(module, models.Normalize) for module in rest.modules())
+    torch.testing.assert_close(dual_norm(a.grad, norm), dual_norm(b.grad, norm) * std)
+    mean = sum(models.IMAGENET_STD) / 3
+    assert (recipe.lam, recipe.h) == (pytest.approx(0.1 * mean**2, rel=0.01), pytest.approx(0.01 * mean, rel=0.02))
 
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -172,19 +149,11 @@ def test_amp_rounds_the_direction_and_nothing_of_the_difference():
     assert plain.losses.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("method", "h", "space", "allowed"),
-    [
-        ("fd", 0.01, "pixel", False),
-        ("fd", 0.1, "pixel", True),
-        ("fd", 0.1, "normalized", False),
-        ("none", 0.01, "pixel", True),
-    ],
-)
-def test_tf32_only_where_the_step_is_large(method, h, space, allowed):
+@pytest.mark.parametrize(("method", "h", "allowed"), [("fd", 0.01, False), ("fd", 0.1, True), ("none", 0.01, True)])
+def test_tf32_only_where_the_step_is_large(method, h, allowed):
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        train.set_precision(train.Options(method=method, h=h, penalty_space=space, model="resnet50"))
+        train.set_precision(train.Options(method=method, h=h, model="resnet50"))
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -636,14 +605,6 @@ def test_channels_last_is_a_layout_and_nothing_else(monkeypatch, tmp_path):
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
     assert b["2.weight"].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_gradients_are_those_of_the_penalty_space_in_the_log():
-    network = normalizing(0.25).float()
-    images, labels = torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 2])
-    out = train.Objective(network, **OPTIONS | {"penalty_space": "normalized"})(images, labels)
-    _, pixel = input_gradient(lambda x: cross_entropy(network(x), labels), images)
-    torch.testing.assert_close(out.grad, pixel * 0.25)
 
 
 def test_the_rows_of_the_tables_are_the_papers():

@@ -675,7 +675,6 @@ def functional(): return Says(lambda self, z: F.relu(z))
         ("detached", [], "no gradient comes through to the images"),
         ("detached", ["--method", "none"], "no gradient comes through to the images"),
         ("functional", ["--activation", "gelu"], "--activation gelu: there is no ReLU among the network's modules"),
-        ("linear", ["--penalty-space", "normalized"], "takes pixels as they are"),
         ("linear", ["--init", "absent.pt"], "absent.pt: No such file"),
         ("linear", ["--init", "other.pt"], "does not fit the network in 4 of 4 weights: 0.bias: (3,) there, nothing"),
         ("linear", ["--init", "whole.pt"], "save(network.state_dict(), 'weights.pt')"),

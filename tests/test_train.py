@@ -543,8 +543,8 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
 
 def test_an_option_that_a_method_does_not_have_is_refused_and_no_other():
     values = {"h": 0.1, "lam": 0.1, "eps": 0.1, "sigma": 0.1, "attack_steps": 3, "replays": 3}
-    values |= {"amp": True, "penalty_space": "pixel", "penalty_share": 0.5, "unsquared": True}
-    every = {"lam", "penalty_space", "penalty_share", "unsquared"}
+    values |= {"amp": True, "penalty_share": 0.5, "unsquared": True}
+    every = {"lam", "penalty_share", "unsquared"}
     meant = {
         "fd": {"h", "amp", *every},
         "exact": every,
@@ -615,7 +615,6 @@ def test_options_survive_the_config(whole):
         (["digits", "--method", "at", "--eps", "-8/255"], "--eps must be positive"),
         (["digits", "--method", "at", "--attack-steps", "0"], "--attack-steps must be positive"),
         (["digits", "--method", "free", "--replays", "0"], "--replays must be positive"),
-        (["digits", "--penalty-space", "normalized"], "model cnn takes pixels as they are"),
         (["digits", "--method", "exact", "--amp"], "--amp means nothing to --method exact"),
         (["--resume", "/nonexistent/run"], "no such run"),
         (["digits", "--resume", "/nonexistent/run", "--lam", "2"], "leave out --lam, DATASET"),
