@@ -193,11 +193,6 @@ class Violations(NamedTuple):
     worst: float  # the largest bound / distance among correctly classified images
     tightness: float  # mean bound / mean distance
 
-    def __str__(self) -> str:
-        interval = f"95 % interval {100 * self.low:.2f} to {100 * self.high:.2f}"
-        counts = f"{100 * self.rate:.2f} % of bounds false ({self.count} of {self.images}, {interval})"
-        return f"{counts}, worst {self.worst:.2f} x distance, tightness {self.tightness:.2f}"
-
 
 def violations(bounds: Tensor, distances: Tensor) -> Violations:
     """Count the bounds (N,) that are false because an adversarial image is nearer: bound > distance (N,).

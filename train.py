@@ -507,7 +507,7 @@ class Watch:
     def after_step(self, images: Tensor, labels: Tensor) -> None:
         """A heartbeat; every few steps a record, and the question whether to go on."""
         step, plan = self.trainer.step, self.trainer.plan
-        self.run.step, self.run.epoch, self.last = step, plan.epoch(step), (images[:32], labels[:32])
+        self.run.step, self.run.epoch, self.last = step, plan.epoch(step), (images[:8], labels[:8])
         self.run.heartbeat()
         self.show(step)
         ends = plan.locate(step)[1] == 0  # its epoch, whose end asks

@@ -115,7 +115,6 @@ fd_error_pct           step   5  warning    %          exact   FD error %
 lr                     step   7  primary    -          -       lr
 images_per_s           step   8  success    1/s        -       images/s
 omega.1                epoch  3  primary    -          {1}     ω({1})
-fd_rounding_pct        epoch  5  primary    %          round   FD round %
 margin_grad_norm_max   epoch  6  secondary  1/unit     max     margin max
 omega.2                epoch  3  success    -          {2}     ω({2})
 top5_error_pct         epoch  4  accent     %          top5    top 5 %
@@ -286,14 +285,14 @@ class Run:
     """One run directory, followed.  With `last`, only so many bytes of a longer log are read."""
 
     def __init__(self, path: Path, last: float = math.inf):
-        self.path, self.limit, self.real, self.log, self.exists = path, last, resolved(path), Log(), True
+        self.path, self.limit, self.real, self.log, self.exists = path, last, os.path.realpath(path), Log(), True
         self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / FILES[-1], last)
         self.config, self.status, self.summary, self.options = {}, {}, {}, {}
         self.arrived, self._caught_up = math.nan, False  # when, by our clock, a record came in while we watched
 
     def poll(self, now: float) -> bool:
         """Read what is new, of the log at most a slice; whether there was any of it.  Never raises."""
-        if resolved(self.path) != self.real:  # runs/latest has moved on
+        if os.path.realpath(self.path) != self.real:  # runs/latest has moved on
             self.__init__(self.path, self.limit)
         lines, void = self.tail.poll()
         self.exists = os.path.isdir(self.real)
@@ -326,14 +325,6 @@ def document(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         return entries(parse(path.read_bytes()))
     return {}
-
-
-def resolved(path: Path) -> str:
-    """The directory behind a path.  runs/latest is a link, or, where there are none, a file that holds a name."""
-    with contextlib.suppress(OSError, ValueError):
-        if path.is_file() and path.stat().st_size < 1000 and (name := path.read_text().strip()):
-            path = path.parent / name
-    return os.path.realpath(path)
 
 
 # --- facts: all that is said of a run beside its curves ---------------------------------------------------------------
@@ -911,12 +902,12 @@ def main(
     paths = [path.parent if path.name == "metrics.jsonl" else path for path in runs or [Path("runs")]]
     if len(paths) > 4:
         fail(f"at most four runs can be compared, not {len(paths)}")
-    here = Path(resolved(paths[0]))
+    here = Path(os.path.realpath(paths[0]))
     listed = len(paths) == 1 and here.is_dir() and not any((here / name).exists() for name in FILES)
     live = all(f.isatty() for f in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get("TERM") != "dumb"
     live = live and not (once or as_json or listed)
     for path in paths:  # of a run that is named even the directory of runs may be still to come
-        if not os.path.isdir(resolved(path)) and not (live and runs and path.absolute().parent.parent.is_dir()):
+        if not os.path.isdir(os.path.realpath(path)) and not (live and runs and path.absolute().parent.parent.is_dir()):
             fail(f"no such run: {path}")
     ascii_only = ascii_only or not all("utf" in (f.encoding or "").lower() for f in (sys.stdout, sys.stderr))
     if live:  # Textual draws on stderr
