@@ -71,7 +71,14 @@ def rows_of(dataset: str, recipe: list[str] = AUTHORS) -> list[Row]:
                 options = ["--method", method, "--norm", norm, "--lam", lam, *step]
                 rows.append(Row(f"{method}-{norm}-lam{lam}", paper, (table,), options))
     recipe = [] if dataset == "digits" else recipe
-    return [row._replace(options=[*row.options, *recipe]) for row in rows]
+    return [row._replace(options=[*row.options, *shortened(recipe, row)]) for row in rows]
+
+
+def shortened(recipe: list[str], row: Row) -> list[str]:
+    """The recipe; its epochs divided by the replays of For Free, which makes so many steps on each batch."""
+    replays = int(row.options[row.options.index("--replays") + 1]) if "--replays" in row.options else 1
+    shorter = {i: str(max(1, int(recipe[i]) // replays)) for i, word in enumerate(recipe, 1) if word == "--epochs"}
+    return [shorter.get(i, word) for i, word in enumerate(recipe)]
 
 
 def columns_of(dataset: str, table: int) -> list[Column]:

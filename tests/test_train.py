@@ -479,7 +479,7 @@ def test_a_stopped_run_that_has_diverged_is_not_saved(monkeypatch, tmp_path, cap
 def test_two_processes_draw_what_one_draws(monkeypatch, method, norm):
     """And adversarial training starts anywhere in the ball: uniformly, P(length <= t eps) = t^4 in four dimensions."""
     images = torch.full((4000, 1, 2, 2), 0.5)
-    monkeypatch.setattr(attacks, "pgd", lambda network, images, labels, start, **how: start)
+    monkeypatch.setattr(attacks, "ascend", lambda network, images, labels, start, **how: start)
 
     def drawn(rank, size, share):
         trainer = train.Trainer.__new__(train.Trainer)
