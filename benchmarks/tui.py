@@ -100,7 +100,7 @@ class Writer:
             **{"attacked_error_pct": min(99.0, 26 + 75 * level + noise(0, 1))},
             **{"omega": [min(2, 6 * r**0.5 * norm * (1 + noise(0, 0.03))) for r in RADII]},
             **{"margin_grad_norm_mean": norm, "margin_grad_norm_max": norm * (4 + noise(0, 0.3))},
-            **{"fd_rounding_pct": abs(noise(0, 0.02)), "seconds": self.epoch * self.gap},
+            seconds=self.epoch * self.gap,
         )
         self.line("event", event="checkpoint", message=f"checkpoint.pt at epoch {self.step // self.epoch}")
 
