@@ -14,15 +14,13 @@ estimate them, from the most faithful to the most useful:
     estimate_by_ascent       gradient ascent towards the worst v: a supremum seen from below, but of the right size.
     estimate_by_calibration  the smallest t eps^q whose bounds are false for a share alpha of images at most.
 
-None certifies an image: hold every bound against distances that attacks found (`violations`), and print the two
-together.  The only certificate here, `certify_smoothing`, is one of the smoothed classifier.
+None certifies an image: hold every bound against distances that attacks found (`violations`).  The only certificate
+here, `certify_smoothing`, is one of the smoothed classifier.  Estimate on held-out images: on training images
+everything looks smaller.  Labels may be the model's own predictions: bounds are then on the distance to another one.
 
 Two losses.  "probabilities" is the paper's, in [-1, 1]; its gradient vanishes where the softmax saturates, and bounds
 refuse it when more than 1 % of the gradients are exactly zero.  "logits" is the same difference before the softmax: as
 valid, since only the sign counts, nearer to linear, and no bound changes when logits are multiplied by a constant.
-
-Estimate on held-out images: on training images everything looks smaller.  Labels may be the model's own predictions;
-the bounds are then on the distance to another prediction.
 """
 
 import copy
@@ -162,15 +160,13 @@ def invert_omega(gaps: Tensor, grad_norms: Tensor, eps: Tensor, omega: Tensor) -
     """
     if not (eps.diff() > 0).all():
         raise ValueError("the radii must increase")
-    omega = omega.cummax(0).values
     below = torch.cat([eps.new_zeros(1), eps[:-1]])
-    reach = torch.minimum((gaps[..., None] - omega) / grad_norms[..., None], eps)
+    reach = torch.minimum((gaps[..., None] - omega.cummax(0).values) / grad_norms[..., None], eps)
     return torch.where(reach > below, reach, 0).amax(-1)
 
 
 def _check_match(margins: Margins, estimate: Estimate) -> None:
-    zero = float((margins.grad_norms[:, 0] == 0).double().mean())
-    if zero > 0.01:
+    if (zero := float((margins.grad_norms[:, 0] == 0).double().mean())) > 0.01:
         share = f"{zero:.1%} of the gradients of the {margins.loss} margin"
         raise ValueError(f"{share} are exactly zero: no bound follows from them")
     ours, theirs = ((m.norm, m.topk, m.loss) for m in (margins, estimate))
@@ -247,9 +243,8 @@ def estimate_by_sampling(
 ) -> Estimate:
     """The paper's estimate, a quantile of fitted batch maxima: NOT an upper bound, often far below the truth.
 
-    L and omega are what the GEV fitted to `sample_maxima` (blocks, 1 + K) at the radii eps (K,) exceeds with
-    probability p, or the largest value seen.  GEV, likelihood and p are the paper's words; the law of v and the size of
-    a block are our reading of them.  Another draw gives another share of false bounds.  ValueError for too few blocks.
+    L and omega are what the GEV of `sample_maxima` (blocks, 1 + K) at the radii eps (K,) exceeds with probability p, or
+    the largest seen.  Only the law of v and a block's size are not the paper's.  ValueError for too few blocks.
     """
     if not 0 < p < 1:
         raise ValueError(f"0 < p < 1 is needed, not {p}")
@@ -283,8 +278,7 @@ def estimate_by_ascent(
     correct = losses < 0
     if not correct.any():
         raise ValueError(NOTHING)
-    lipschitz, omega = float(slopes[correct].max()), brackets[correct].amax(0).to(eps)
-    return Estimate("ascent", norm, topk, loss, lipschitz, eps, omega)
+    return Estimate("ascent", norm, topk, loss, float(slopes[correct].max()), eps, brackets[correct].amax(0).to(eps))
 
 
 def estimate_by_calibration(
@@ -338,8 +332,7 @@ def omega_statistics(
     One ascent from +g, carried on from radius to radius: K (steps + 1) + 1 forward passes of the whole batch.
     """
     model, images, radii = _prepare(model, images, labels, eps, norm, topk)
-    loss_fn = _margin_of(model, labels, topk, loss)
-    _, grad_norms, _, brackets = _probe(loss_fn, images, radii, norm, steps, 0, None)
+    _, grad_norms, _, brackets = _probe(_margin_of(model, labels, topk, loss), images, radii, norm, steps, 0, None)
     return OmegaStatistics(brackets.amax(0).tolist(), float(grad_norms.mean()), float(grad_norms.max()))
 
 
@@ -487,12 +480,10 @@ def certify_smoothing(
     if not (0 < sigma < math.inf and 0 < alpha < 1 and min(n0, n, batch_size) >= 1):
         given = f"{sigma}, {alpha}, {n0}, {n}, {batch_size}"
         raise ValueError(f"sigma > 0, 0 < alpha < 1 and n0, n, batch_size of 1 or more are needed, not {given}")
-    found = []
-    for image in images:
-        few, many = (_count_classes(model, image, count, sigma, batch_size, generator) for count in (n0, n))
-        chosen = few.argmax(keepdim=True)
-        found.append(torch.cat([chosen, many.gather(0, chosen)]))
-    classes, hits = torch.stack(found).cpu().T
+    counts = [_count_classes(model, image, size, sigma, batch_size, generator) for image in images for size in (n0, n)]
+    few, many = torch.stack(counts[::2]).cpu(), torch.stack(counts[1::2]).cpu()
+    classes = few.argmax(1)
+    hits = many.gather(1, classes[:, None])[:, 0]
     lower = np.where(hits > 0, stats.beta.ppf(alpha, hits, n - hits + 1), 0.0)
     radii = sigma * torch.special.ndtri(torch.from_numpy(lower))
     cap = sigma * float(special.ndtri(alpha ** (1 / n)))

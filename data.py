@@ -5,9 +5,8 @@
     imagenet, FOLDER   a folder of images: train/<class>/* in it, and test/<class>/* or val/<class>/*
 
 Small images of one size live in memory as uint8 and are augmented a batch at a time; others are decoded by threads.
-In both cases the order of an epoch depends on (seed, epoch) alone, and the augmentation of an image on (seed,
-epoch, its index) alone: not on the batch, the process, the thread, or what came before.  So a run can resume in
-the middle of an epoch, and any number of processes can share a batch, without saving or sending random states.
+The order of an epoch depends on (seed, epoch) alone, and the augmentation of an image on (seed, epoch, its index)
+alone.  So a run can resume within an epoch, and processes can share a batch, without saving or sending random states.
 """
 
 import os
@@ -65,9 +64,6 @@ def _mix(z: np.ndarray) -> np.ndarray:
 def order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """A random permutation of range(count) that depends on (seed, epoch) alone."""
     return np.argsort(uniforms(seed, epoch, np.arange(count), 1)[:, 0], kind="stable")
-
-
-# --- images, and where they come from ---------------------------------------------------------------------
 
 
 def augment(images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 128, cutout: int = 16) -> Tensor:
@@ -262,9 +258,6 @@ class Data:
         return replace(self, train=self.train.at(size, min_scale=min_scale), test=self.test.at(size))
 
 
-# --- folders and data sets --------------------------------------------------------------------------------
-
-
 def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
 
@@ -281,11 +274,10 @@ def _files(folder: str, inside: str = "") -> Iterator[str]:
 def list_images(
     root: Path, *parts: str, classes: Sequence[str] = (), channels: int = 3, split: float = 0, kept: bool = False
 ) -> Files:
-    """All images in the class folders of a part, and in folders inside these, as torchvision's ImageFolder.
+    """Images in the class folders of a part and folders inside these, as torchvision's ImageFolder.  Raises DataError.
 
-    What is hidden is no image and no class.  Labels count in `classes`, or else in the part's own folders; the part is
-    the first that has one of these (ImageNet's own test/ has none).  The share `split`, a fixed function of each name,
-    is left out, or, if `kept`, the others.  Raises DataError.
+    What is hidden does not count.  Labels count in `classes`, or the part's own folders; the part is the first that has
+    one (ImageNet's test/ has none).  The share `split`, a function of each name, is left out, or, if `kept`, the rest.
     """
     there = [root / part for part in parts if (root / part).is_dir()]
     if not there:
@@ -433,9 +425,6 @@ def cifar10(root: Path) -> Data:
     return Data(replace(train, augmented=True), test, list(parts[0].classes), channels=3)
 
 
-# --- batches ----------------------------------------------------------------------------------------------
-
-
 def in_threads(function: Callable, items: Iterable, workers: int = 0, stop: Callable | None = None) -> Iterator:
     """function(item) for every item, in order, from `workers` threads that work ahead (0: from this one).
 
@@ -460,16 +449,13 @@ def in_threads(function: Callable, items: Iterable, workers: int = 0, stop: Call
 def _stream(
     source: Source, reads: Iterable[Callable], *, device: torch.device, problems: Problems = None, **threads: Any
 ) -> Iterator[Batch]:
-    """What each of `reads` gets from source.batch, in [0, 1] on the device; no batch is empty.
-
-    Files are read as `in_threads` says.  An unreadable image raises DataError, or is named in `problems`.
-    """
+    """What each of `reads` gets from source.batch, files `in_threads`, in [0, 1] on the device; no batch is empty."""
     threads = threads if isinstance(source, Files) else {}
     for images, labels, said in in_threads(lambda read: read(), reads, **threads):
-        if said and problems is None:
-            raise DataError(said[0])
-        if said:
-            problems += said
+        for line in said:
+            if problems is None:
+                raise DataError(line)
+            problems.append(line)
         if len(images):
             yield images.to(device, non_blocking=True).float() / source.top, labels.to(device, non_blocking=True)
 
@@ -479,8 +465,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This process's share of every batch of one epoch, from batch `first` on: images in [0, 1] and labels.
 
-    batch_size counts the images of all processes together; the last, incomplete batch of an epoch is dropped.
-    How they are read: device, workers, problems, stop, as `_stream` says.
+    batch_size: of all processes together; a last, incomplete batch is dropped.  how: device, workers, problems, stop.
     """
     shuffled, share = order(len(source), seed=seed, epoch=epoch), batch_size // processes
     starts = range(first * batch_size + rank * share, len(source) - batch_size + 1 + rank * share, batch_size)
@@ -496,7 +481,7 @@ def evaluation_batches(source: Source, *, batch_size: int, rank: int = 0, proces
 
 
 def fetch(source: Source, indices: np.ndarray, device: torch.device, *, problems: Problems = None) -> Batch:
-    """The images at `indices`, in [0, 1], and their labels; augmented only if the source is.  Problems: `_stream`."""
+    """The images at `indices`, in [0, 1], and their labels; augmented only if the source is."""
     for batch in _stream(source, [partial(source.batch, indices)], device=device, problems=problems):
         return batch
     raise DataError(f"none of {len(indices)} images can be read: is the disk there?")

@@ -1,7 +1,6 @@
 """Section 4: the networks (`MODELS`), anybody's (torchvision:NAME, FILE.py:FACTORY), and how to load a trained one.
 
-Images have pixels in [0, 1]; normalization, where a network wants it, is its first layer, so that every distance in
-this project is in pixels.  Any activation can take the place of every ReLU that is a module.
+Images have pixels in [0, 1], and every distance is in pixels: normalization, if any, is a network's first layer.
 """
 
 import argparse
@@ -109,9 +108,8 @@ def resnext34(classes: int, *, authors_head: bool = False) -> nn.Sequential:
 def resnet9(classes: int, width: int = 32) -> nn.Sequential:
     """The ResNet-9 of the DAWNBench entries (Page 2018) for a CPU: half as wide, its last stage a quarter as wide.
 
-    612k weights, 72 million products for an image of 32x32.  Pooling comes before normalization and activation: a
-    quarter of their work is left, and where they increase the result is the same.  The last layer sees an eighth of
-    its input, or a large learning rate would saturate the loss at once.
+    612k weights, 72 million products for 32x32.  Pooling precedes normalization and activation: a quarter of the work,
+    no change where they increase.  The last layer sees an eighth of its input, lest large steps saturate the loss.
     """
     a, b, c = width, 2 * width, 4 * width
     layers = [Normalize(CIFAR10_MEAN, CIFAR10_STD), *conv(3, a), *conv(a, b, pool=True)]
@@ -195,8 +193,7 @@ def load(path: str | os.PathLike) -> nn.Module:
 
     FILE.py is executed; what has changed in it is said before.  Raises Unusable, also where weights do not fit.
     """
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     state = read_checkpoint(path)
     try:
         for line in changed_since(state["config"], path.parent):
@@ -372,11 +369,10 @@ def one_line(what: str) -> Iterator[None]:
 class Neighbours:
     """Imports as they would be under `python FILE.py`, where nobody has heard of this project.
 
-    A user's own `models` or `utils` come before ours and before those of another user's file.  Where there is none of a
-    name of ours it is ours, so that a file may `import models`.
+    A user's own `models` or `utils` come before ours and another file's; ours are found where a user has none.
     """
 
-    opened: ClassVar[dict[Path, "Neighbours"]] = {}  # by file
+    opened: ClassVar[dict[Path, set[Path]]] = {}  # all files of the user's, by the one that was named
     inner: ClassVar["Neighbours | None"] = None  # the one in force
 
     def __init__(self, file: Path):
@@ -389,7 +385,7 @@ class Neighbours:
         self.names = set(OURS)  # and those of the user's modules
         if "." in name and not FOREIGN.search(str(file)):  # an installed package may have the same name
             self.names |= {other for other in sys.modules if other.partition(".")[0] == name.partition(".")[0]}
-        self.opened[file] = self
+        self.opened[file] = self.files
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -445,15 +441,13 @@ def changed_since(config: dict[str, Any], run: Path) -> list[str]:
 def sources_of(name: str) -> dict[str, str]:
     """The SHA-256 of FILE.py and, once it is loaded, of every module of the user's that it imported, by path; or {}."""
     file = Path(parts(name)[0]).resolve()
-    files = Neighbours.opened[file].files if file in Neighbours.opened else set()
-    files = [file, *sorted(files - {file})] if is_file(name) else []
+    files = [file, *sorted(Neighbours.opened.get(file, set()) - {file})] if is_file(name) else []
     return {str(path): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def source_of(name: str) -> bytes:
     """The content of the files of `sources_of`, each after a line with its name."""
-    paths = map(Path, sources_of(name))
-    return b"\n".join(f"# --- {path.name}\n".encode() + path.read_bytes() for path in paths)
+    return b"\n".join(f"# --- {path.name}\n".encode() + path.read_bytes() for path in map(Path, sources_of(name)))
 
 
 def check_output(network: nn.Module, images: Tensor, classes: int) -> str | None:
