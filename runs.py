@@ -195,8 +195,7 @@ class Run:
     """The log and the status of one run; only the main process writes, in the others every method does nothing."""
 
     def __init__(self, path: Path, world: World):
-        self.path, self.world = path, world
-        self.step, self.epoch = 0, 0.0
+        self.path, self.world, self.step, self.epoch = path, world, 0, 0.0
         self.beat, self.time = -math.inf, time.time()  # of the last heartbeat (no clock's), of the last record
         self.state, self.phase, self.error = "running", "train", None
 
@@ -234,7 +233,6 @@ class Run:
         self.record("event", event=event, message=message)
 
     def warn(self, message: str) -> None:
-        """On the screen and in the log."""
         self.world.console.print(f"warning: {message}")
         self.event("warning", message)
 
@@ -248,9 +246,9 @@ class Run:
         status |= {"time": round(time.time(), 3), "step": self.step, "error": self.error}
         replace(self.path / "status.json", json.dumps(status).encode(), sync=False)
 
-    def end(self, state: str, event: str, message: str, error: str | None = None) -> None:
-        """The last status and the last event of this process."""
-        self.state, self.error = state, error
+    def end(self, state: str, event: str, message: str) -> None:
+        """The last status and the last event of this process; of a failure, the message is the error."""
+        self.state, self.error = state, message if state == "failed" else None
         self.heartbeat(force=True)
         self.event(event, message)
 
@@ -261,9 +259,8 @@ def new_directory(root: Path, name: str | None, default: str, config: dict[str, 
     made = root / f".new.{os.getpid()}"
     made.mkdir(parents=True, exist_ok=True)
     try:
-        for path in map(
-            root.joinpath, [name] if name else (f"{default}-{i}".removesuffix("-1") for i in range(1, sys.maxsize))
-        ):
+        names = [name] if name else (f"{default}-{i}".removesuffix("-1") for i in range(1, sys.maxsize))
+        for path in map(root.joinpath, names):
             replace(made / "config.json", json.dumps(config | {"name": path.name}, indent=2).encode())
             try:
                 return made.rename(path)
@@ -341,7 +338,6 @@ def refuse_if_running(path: Path) -> None:
 
 
 def state_of(path: Path) -> str | None:
-    """What status.json says of a run."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads((path / "status.json").read_text())["state"]
 

@@ -8,10 +8,9 @@
     torchrun --nproc_per_node 4 train.py imagenet --data-dir DIR
     python train.py --resume runs/latest        go on where a run stopped, or was stopped
 
-In this order: options and recipes, the objective of eq. (8), the step, the epochs; then the baselines, what is measured
-after an epoch, and how options become a run.  A run lives in runs/<name>/; docs/run-directory.md describes its files.
-Interrupted or killed, and resumed, it ends with the weights, bit for bit, of one that was not (on the CPU, with as many
-processes and threads).  The same command again, with the same --name, goes on too: so do torchrun's restarts.
+A run lives in runs/<name>/; docs/run-directory.md describes its files.  Interrupted or killed, and resumed, it ends
+with the weights, bit for bit, of one that was not (on the CPU, with as many processes and threads).  The same command
+again, with the same --name, goes on too: so do torchrun's restarts.
 Exit codes: 0 finished, 1 failed, 2 bad usage, 3 diverged, 128 + a signal: 130 Ctrl-C, 143 SIGTERM.
 """
 # ruff: noqa: E402 (torch, which takes seconds to import, comes after --help)
@@ -80,10 +79,8 @@ class Options:
         "fd", "finite differences (Algorithm 1), double backpropagation; none, or a baseline (docs/training.md)"
     )  # fmt: skip
     norm: Literal["l2", "linf", "l1"] = penalty("l2", "the attacks to defend against; for at and free linf")
-    # The smaller of the paper's two weights, 0.1 and 1.
-    lam: float = penalty(0.1, "lam/2 times the mean penalty is added to the loss", of="fd exact")
-    # The paper's: 1e-3 already costs digits in float32.
-    h: float = penalty(0.01, "step of the difference", of="fd")
+    lam: float = penalty(0.1, "lam/2 times the mean penalty is added to the loss", of="fd exact")  # the paper: 0.1 or 1
+    h: float = penalty(0.01, "step of the difference", of="fd")  # the paper's: 1e-3 already costs digits in float32
     unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact")
     penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact")
     # Madry et al. (2018), Shafahi et al. (2019), Cohen et al. (2019); docs/training.md says how the paper's own differ.
@@ -204,9 +201,8 @@ PENALISED = {"fd", "exact"}  # the other methods change the images, if anything,
 class Objective(nn.Module):
     """images, labels -> the losses and penalties of eq. (8).
 
-    One module computes the whole objective, with all its passes, so that DistributedDataParallel sees one forward
-    and one backward a step: then the gradients it averages are those of eq. (8).  amp: bfloat16 where no digits cancel,
-    that is, in the direction of the penalty, and in everything where there is no penalty.
+    All passes in one module: DistributedDataParallel sees one forward and one backward a step, and averages gradients
+    of eq. (8).  amp: bfloat16 where no digits cancel, in the penalty's direction, or in all if there is no penalty.
     """
 
     def __init__(self, network: nn.Module, options: Options | None = None, **changed: Any):
@@ -335,8 +331,7 @@ class Trainer:
 
     def enter_phase(self, epoch: int) -> None:
         """Take up the images in the size of an epoch's phase."""
-        phase = self.plan.phase(epoch)
-        if phase == self.phase:
+        if self.phase == (phase := self.plan.phase(epoch)):
             return
         self.phase = phase
         self.at_once = phase.batch_size // self.world.size  # images that a training step holds in memory here
@@ -374,12 +369,11 @@ class Plan:
     def __init__(self, options: Options, images: int, processes: int = 1):
         self.options, self.phases, self.schedule = options, options.phases, options.schedule
         self.replays = options.replays if options.method == "free" else 1  # steps on each batch
-        for phase in self.phases:
-            if phase.batch_size > images:
-                few = f"there are only {images} training images: give {images} or less"
-                raise Failure(f"--batch-size {phase.batch_size}: {few}", 2)
-            if phase.batch_size % processes:
-                what = f"{phase.batch_size} images a step, from epoch {phase.epoch} on,"
+        for first, size in [(phase.epoch, phase.batch_size) for phase in self.phases]:
+            if size > images:
+                raise Failure(f"--batch-size {size}: there are only {images} training images: give {images} or less", 2)
+            if size % processes:
+                what = f"{size} images a step, from epoch {first} on,"
                 raise Failure(f"--batch-size: {what} cannot be shared evenly by {processes} processes", 2)
         self.steps = [images // self.phase(e).batch_size * self.replays for e in range(options.epochs)]
         self.starts = [0, *accumulate(self.steps)]
@@ -407,7 +401,6 @@ class Plan:
         return first + (epoch - start) * (last - first) / (end - start)
 
     def lam(self, step: int) -> float:
-        """The weight of the penalty at a step: in a warm-up it rises from 0, linearly."""
         warmup = self.options.lam_warmup
         return self.options.lam * min(1.0, self.epoch(step) / warmup if warmup else 1.0)
 
@@ -458,10 +451,9 @@ def training_inputs(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
         return images + options.sigma * torch.randn(everyones.shape, generator=generator, device=images.device)[mine]
     world.share_buffers(trainer.network)  # which the attack sees: as after a resume, the main one's
     start = images + options.eps * gradreg.uniform_ball(everyones, options.norm, generator)[mine]
-    # Madry et al. (2018): PGD from there, kept in [0, 1].  The step is eps/4 for the seven steps of the paper.
+    # Madry et al. (2018): PGD in [0, 1], of steps eps/4 for the paper's seven.  It leaves running statistics alone.
     how = {"norm": options.norm, "eps": options.eps, "steps": options.attack_steps, "loss": cross_entropy}
     how |= {"start": start, "step_size": 1.75 * options.eps / options.attack_steps}
-    # In evaluation mode, so that the attack leaves the running statistics alone.
     with evaluating(trainer.network), torch.autocast(images.device.type, torch.bfloat16, enabled=options.amp):
         return attacks.ascend(trainer.network, images, labels, **how)
 
@@ -549,8 +541,7 @@ class Watch:
         self.show(trainer.step, description=f"{self.run.path.name}  {errors}")
         if epoch % math.ceil(epochs / LINES) == 0 or epoch == epochs:
             seen = f"loss {step['loss']:.4f}  penalty {step['penalty']:.4f}  gradient {step['grad_norm_mean']:.3f}"
-            speed = f"{step['images_per_s']:,.0f} images/s"
-            self.world.console.print(f"epoch {epoch}/{epochs}  {seen}  {errors}  {speed}")
+            self.world.console.print(f"epoch {epoch}/{epochs}  {seen}  {errors}  {step['images_per_s']:,.0f} images/s")
 
     def ask(self, *, may_save: bool = True) -> None:
         """All processes together: name unreadable images, stop if any was told to, or save if that is due."""
@@ -636,12 +627,11 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
     return loss / count, 100 * wrong / count, 100 * wrong5 / count
 
 
-# --- options, from those given and a recipe ---------------------------------------------------------------
+# --- a run, from the options given and a recipe -----------------------------------------------------------
 
 FORMAT = 2  # of config.json and checkpoint.pt
 MAY_CHANGE = {"data_dir", "checkpoint_minutes"}  # when a run goes on
-GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1}  # options of before: such runs go on
-GONE["penalty_space"] = "pixel"
+GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1, "penalty_space": "pixel"}
 LINF_RADII = {"digits": [0.03, 0.06, 0.1], "cifar10": [2 / 255, 4 / 255, 8 / 255]}
 LINF_RADII["imagenet"] = [1 / 255, 2 / 255, 4 / 255]
 NAMES = {"none": "", "noise": "-sigma{sigma:g}", "at": "-{norm}-eps{eps:.3g}", "free": "-m{replays}-eps{eps:.3g}"}
@@ -652,16 +642,15 @@ def check_given(given: dict[str, Any]) -> None:
     """Raise Failure for an option that is not finite, too small or too large, or that its method does not have."""
     method = given.get("method", Options.method)
     for f in fields(Options):
-        value, of, zero = given.get(f.name), f.metadata.get("of"), f.name in {"lam", "seed"}
+        name, value, of, zero = flag(f.name), given.get(f.name), f.metadata.get("of"), f.name in {"lam", "seed"}
         if value is not None and of and method not in of:
-            means = f"means nothing to --method {method}, only to {', '.join(of)}"
-            raise Failure(f"{flag(f.name)} {means}: leave it out", 2)
+            raise Failure(f"{name} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
             most = LIMITS.get(f.name, math.inf if isinstance(value, float) else 10**9)
             if not 0 <= value < math.inf or not (value or zero):
-                raise Failure(f"{flag(f.name)} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
+                raise Failure(f"{name} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
-                raise Failure(f"{flag(f.name)} must be at most {most}, not {value}", 2)
+                raise Failure(f"{name} must be at most {most}, not {value}", 2)
 
 
 def recipe_of(dataset: str, images: data.Data) -> str:
@@ -673,9 +662,8 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     """All options of a run: those given, and the recipe's for the rest.  Raises Failure for what cannot work.
 
     Fine-tuning (--init): a tenth of the largest rate, falling to 0 in two epochs of one size; lam rises from 0 over the
-    first (or half of a single one), since the network meets a penalty it has never seen; running statistics are kept.
-    Large images of a folder have their own size, their median short side, up to 224.  A batch is an eighth of the
-    images at most, so that an epoch has eight steps, and the rates fall in proportion.
+    first (or half of a single one): it meets a penalty it has never seen; running statistics are kept.  Large images of
+    a folder keep their median short side, up to 224.  A batch is at most an eighth of the images; rates fall with it.
     """
     name, tuned, size = recipe_of(given["dataset"], images), "init" in given, given.get("size")
     recipe = RECIPES["cifar10-fast" if given.get("recipe") == "fast" else name]
@@ -708,9 +696,8 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     if options.norm not in norms.get(method, [options.norm]):
         raise Failure(f"--norm {options.norm}: --method {method} is for {' and '.join(norms[method])}", 2)
     scale = options.lr / recipe.lr
-    schedule = tuple((epoch, scale * first, scale * last) for epoch, first, last in recipe.schedule)
-    phases = stretch(recipe, options, fit="batch_size" not in given, size=size)
-    return replace(options, schedule=schedule, phases=phases)
+    rates = tuple((epoch, scale * first, scale * last) for epoch, first, last in recipe.schedule)
+    return replace(options, schedule=rates, phases=stretch(recipe, options, fit="batch_size" not in given, size=size))
 
 
 def stretch(recipe: Options, options: Options, *, fit: bool = False, size: int | None = None) -> tuple[Phase, ...]:
@@ -727,9 +714,6 @@ def stretch(recipe: Options, options: Options, *, fit: bool = False, size: int |
         rows.append(replace(phase, epoch=start, batch_size=batch_size, size=min(phase.size, size or phase.size)))
     *first, last = (phase for phase in rows if phase.epoch < epochs)
     return *first, replace(last, size=size or last.size)
-
-
-# --- a run, from its options ------------------------------------------------------------------------------
 
 
 def describe(options: Options, images: data.Data, world: World) -> dict[str, Any]:
@@ -752,8 +736,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
         notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if stranger:
         notes += try_out(network.to(world.device), options, images, world)
-    config |= {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
-    return config
+    return config | {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
 
 
 def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
@@ -786,7 +769,7 @@ def config_at(path: Path) -> dict[str, Any]:
 
 
 def options_of(config: dict[str, Any]) -> Options:
-    """The options of a run, from its config.  Raises Failure for those of another version of this project."""
+    """The options of a run, from its config: it may have those in GONE.  Raises Failure for another version's."""
     try:
         known = {name: value for name, value in config["options"].items() if (name, value) not in GONE.items()}
         known["schedule"] = tuple(map(tuple, known["schedule"]))
@@ -800,15 +783,14 @@ def options_of(config: dict[str, Any]) -> Options:
 
 
 def introduce(trainer: Trainer) -> None:
-    """What is trained, how, on what, at which cost, in one line."""
+    """What is trained, how, on what, at which cost (a plain step has three units of work), in one line."""
     options, images, plan = trainer.options, trainer.images, trainer.plan
     own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
     how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and (k, v) != ("penalty_share", 1)]
     how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
     weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
     sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
-    extra = {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0)
-    cost = 1 + extra * options.penalty_share / 3  # a plain step has three units of work
+    cost = 1 + options.penalty_share * {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0) / 3
     trainer.world.console.print(
         f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
         f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"
@@ -834,10 +816,7 @@ def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World,
 
 
 def claim(root: Path, name: str | None, config: dict[str, Any], world: World) -> Path:
-    """A new directory; or the run that this command began before, of this name, or by torchrun before it restarted.
-
-    Raises Failure where `name` is taken by a run with other options, or by anything else.
-    """
+    """A new run's directory, or that of the run this command began.  Raises Failure where anything else has `name`."""
     options = options_of(config)
     kind = NAMES.get(options.method, "-unsquared" * options.unsquared + "-{norm}-lam{lam:g}").format_map(vars(options))
     recipe, tuned = "-fast" * (options.recipe == "fast"), "-tuned" * bool(options.init)
@@ -845,8 +824,7 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     again = [path for path in root.glob(f"{default}*") if config_at(path).get("launch") == config["launch"]]
     for path in [root / name] if name else again * bool(world.restarts):
         if theirs := config_at(path):
-            theirs, ours = asdict(options_of(theirs)), asdict(options)
-            others = sorted(key for key in ours.keys() - MAY_CHANGE if theirs[key] != ours[key])
+            others = sorted({key for key, _ in vars(options_of(theirs)).items() ^ vars(options).items()} - MAY_CHANGE)
             if not others:
                 world.console.print(f"{path} was begun with the same options: going on with it")
                 return path
@@ -905,9 +883,8 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
             trainer.fit()
         except BaseException as error:
             if trainer.run.state == "running":
-                reason, _ = runs.explain(error)
                 with contextlib.suppress(OSError):  # a full disk, say, must not hide the error itself
-                    trainer.run.end("failed", "error", reason, error=reason)
+                    trainer.run.end("failed", "error", runs.explain(error)[0])
             raise
     world.console.print(f"{path}: watch or look back with python tui.py {path}")
     return trainer
