@@ -63,9 +63,8 @@ AUDIT = 550  # calls an image
 AUDIT_SCALES, AUDIT_STEPS = (0.5, 1.0, 2.0, 4.0), (1, 4, 16)  # times PGD's median distance; of PGD
 SUITES = {"best": attacks.SUITE, "paper": ("pgd", "carlini_wagner", "boundary", "logbarrier")}
 METHODS = {"calibration": "two tangents", "ascent": "ascent", "sampling": "sampled"}  # bounds, by kind of part
-IMAGES = functools.partial(typer.Option, rich_help_panel="The images")
-WORK = functools.partial(typer.Option, rich_help_panel="What is done")
-FILES = functools.partial(typer.Option, rich_help_panel="Where")
+PANELS = ("The images", "What is done", "Where")  # of --help
+IMAGES, WORK, FILES = (functools.partial(typer.Option, rich_help_panel=name) for name in PANELS)
 
 Arrays = dict[str, np.ndarray]
 Bounds = tuple[Tensor, Tensor, bounds.Estimate]  # L and omega of Prop. 2.2 (N,), and the constants they follow from
@@ -213,8 +212,7 @@ def open_run(path: Path, settings: Settings) -> Target:
     trained = options["phases"][-1]["size"] if isinstance(source, data.Files) and "phases" in options else None
     images = options["dataset"], at_size(source, settings.size or trained), classes, settings
     code = models.source_of(options["model"]) if models.is_file(options["model"]) else b""
-    about = config, state["step"], state.get("seconds"), code
-    return Target(path.name, network, path / "evaluation", *images, *about)
+    return Target(path.name, network, path / "evaluation", *images, config, state["step"], state.get("seconds"), code)
 
 
 def open_factory(spec: str, settings: Settings) -> Target:
@@ -224,8 +222,7 @@ def open_factory(spec: str, settings: Settings) -> Target:
     """
     network, refused, name = None, [], models.name_of_spec(spec)
     for channels in (3, 1):
-        how = {"channels": channels, "split": settings.split}
-        source, classes = data.load_test(settings.dataset, settings.data_dir, **how)
+        source, classes = data.load_test(settings.dataset, settings.data_dir, channels=channels, split=settings.split)
         source = at_size(source, settings.size)
         network = network or models.from_file(spec, classes=len(classes), seed=settings.seed).eval()
         images, _ = data.fetch(source, np.arange(min(2, len(source))), torch.device("cpu"))
@@ -453,10 +450,8 @@ def numpy(values: Any) -> np.ndarray:
     return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
 
 
-PARTS: dict[str, Callable[..., Arrays]] = {
-    **{"sampling": estimate_part, "ascent": estimate_part, "calibration": evaluation_part},
-    **{"evaluation": evaluation_part, "audit": audit_part, "smoothing": smoothing_part},
-}
+PARTS = {"sampling": estimate_part, "ascent": estimate_part, "calibration": evaluation_part}
+PARTS |= {"evaluation": evaluation_part, "audit": audit_part, "smoothing": smoothing_part}
 
 
 def work(units: list[Unit], world: World) -> None:
@@ -487,9 +482,8 @@ def work(units: list[Unit], world: World) -> None:
                 with contextlib.suppress(InterruptedError):  # the part is done again another time
                     np.savez(buffer := io.BytesIO(), **compute(unit, world))
                     replace(unit.file, buffer.getvalue())
-            (signum,) = world.max(torch.tensor([stop.signal]))
-            if signum:
-                raise Failure("stopped; the same command goes on from here", 128 + int(signum))
+            if signum := int(*world.max(torch.tensor([stop.signal]))):
+                raise Failure("stopped; the same command goes on from here", 128 + signum)
 
 
 def price(units: list[Unit], processes: int) -> str:

@@ -53,11 +53,9 @@ def percent(name: str, hits: np.ndarray) -> Row:
 def mean(name: str, values: np.ndarray) -> Row:
     """The mean of values of 0 or more, with its t interval; infinite, and without one, where a value is."""
     values = np.asarray(values, dtype=float)
-    centre, reach = float(values.mean()), math.inf
-    if math.isinf(centre):
+    if math.isinf(centre := float(values.mean())):
         return {name: centre}
-    if len(values) > 1:
-        reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1))
+    reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else math.inf
     return {name: centre, f"{name}_low": max(centre - reach, 0.0), f"{name}_high": centre + reach}
 
 
@@ -137,10 +135,8 @@ def as_csv(columns: Iterable[str], rows: list[Row]) -> bytes:
 # What all rows of the paper have in common, and those on a data set; a run that differs in it is not set beside them.
 COMMON = {"activation": "relu", "central": False, "unsquared": False, "recipe": "paper", "statistics": "batch"}
 COMMON |= {"lam_warmup": 0.0, "penalty_share": 1.0, "penalty_from": 0.0, "subset": None, "init": None, "size": None}
-RECIPES = {
-    "cifar10": {"model": "resnext34-authors", "epochs": 200, "batch_size": 128, "lr": 0.1},
-    "imagenet": {"model": "resnet50", "epochs": 29},
-}
+RECIPES = {"cifar10": {"model": "resnext34-authors", "epochs": 200, "batch_size": 128, "lr": 0.1}}
+RECIPES |= {"imagenet": {"model": "resnet50", "epochs": 29}}
 
 
 def paper_rows(number: str, dataset: str) -> dict[str, Row]:
@@ -287,8 +283,7 @@ def summary_table(targets: list[Target], norm: str) -> Table:
     for target in targets:
         rows.append(pick(figures_of(target, norm, target.norms[norm].best), SUMMARY))
         for line, (figure, limit) in target.norms[norm].audit.items():
-            verdict = "pass" if figure <= limit else "FAIL"
-            rows[-1][f"audit: {line} (at most {limit})"] = f"{verdict} {number(figure)}"
+            rows[-1][f"audit: {line} (at most {limit})"] = f"{'pass' if figure <= limit else 'FAIL'} {number(figure)}"
     title = f"What was measured, {norm}; masking audit of {len(targets[0].rows['audit'])} images: in %, falls in points"
     return Table(f"summary-{norm}", title, rows, sideways=True)
 
@@ -338,20 +333,18 @@ def error_figure(targets: list[Target]) -> Figure:
 
 def bounds_figure(targets: list[Target]) -> Figure | None:
     """Each image's ω-bound against its distance: above the diagonal the bound is false."""
-    shown = [(target, norm) for target in targets for norm, measured in target.norms.items() if measured.bounds]
+    shown = [(target.name, norm, known) for target in targets for norm, known in target.norms.items() if known.bounds]
     if not shown:
         return None
     figure, axes = panels(len(shown))
-    for axis, (target, norm) in zip(axes[0], shown, strict=True):
-        distances = target.norms[norm].found["distances"]
-        known = np.isfinite(distances)
-        for (method, (_, omega, _)), colour, marker in zip(
-            target.norms[norm].bounds.items(), COLOURS, "o+x", strict=False
-        ):
-            axis.scatter(distances[known], omega[known], s=9, marker=marker, color=colour, lw=0.7, label=method)
+    for axis, (name, norm, known) in zip(axes[0], shown, strict=True):
+        distances = known.found["distances"]
+        finite = np.isfinite(distances)
+        for (method, (_, omega, _)), colour, marker in zip(known.bounds.items(), COLOURS, "o+x", strict=False):
+            axis.scatter(distances[finite], omega[finite], s=9, marker=marker, color=colour, lw=0.7, label=method)
         axis.axline((0, 0), slope=1, color="0.3", linewidth=1)
         axis.set(xlim=(0, None), ylim=(0, None), xlabel=f"{norm} distance found, pixels", ylabel="ω-bound, pixels")
-        axis.set_title(target.name, fontsize=10)
+        axis.set_title(name, fontsize=10)
         axis.legend(fontsize=8, loc="upper left")
     return figure
 

@@ -75,9 +75,7 @@ def clean(text: Any, limit: int = 300) -> str:
 
 def finite(value: Any, low: float = -3e38, high: float = 3e38) -> float:
     """A JSON value as a float; NaN for anything that is not a number within the limits (float32's)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    return float(value) if low <= value <= high else math.nan
+    return float(value) if type(value) in (int, float) and low <= value <= high else math.nan
 
 
 def entries(value: Any) -> dict[str, Any]:
@@ -158,9 +156,8 @@ class Tail:
                 self.behind = len(chunk) == self.limit
         except OSError as error:
             self.error, self.behind = (error.strerror or str(error)).lower(), False
-            gone = isinstance(error, FileNotFoundError) and self._known and self.path.parent.is_dir()
-            if gone:  # only the log was deleted: another run begins in this directory
-                self.offset, self._known = 0, None
+            if gone := isinstance(error, FileNotFoundError) and self._known and self.path.parent.is_dir():
+                self.offset, self._known = 0, None  # only the log was deleted: another run begins in this directory
             return b"", bool(gone)
         end = chunk.rfind(b"\n") + 1
         endless = self.behind and not end  # a piece of an endless line
@@ -332,10 +329,8 @@ def document(path: Path) -> dict[str, Any]:
 BOLD, DIM, AXIS, RULE = "bold $foreground", "$foreground 52%", "$foreground 36%", "$foreground 16%"
 GOOD, WARN, BAD, ACCENT = "$text-success", "$text-warning", "$text-error", "$text-primary"
 RUNS = (ACCENT, WARN, GOOD, "$text-secondary")  # the colours of runs that are compared
-STATES = {  # as told by a symbol and a colour
-    **{"WAITING": ("○", DIM), "DELETED": ("○", WARN), "LIVE": ("●", GOOD), "STALLED": ("◐", WARN)},
-    **{"FINISHED": ("✓", GOOD), "INTERRUPTED": ("■", WARN), "FAILED": ("✗", BAD)},
-}
+STATES = {"WAITING": ("○", DIM), "DELETED": ("○", WARN), "LIVE": ("●", GOOD), "STALLED": ("◐", WARN)}
+STATES |= {"FINISHED": ("✓", GOOD), "INTERRUPTED": ("■", WARN), "FAILED": ("✗", BAD)}  # told by symbol and colour
 BOUNDS = {"median": "median_distance", "L-bound": "lipschitz_bound_mean"}
 BOUNDS |= {"ω-bound": "omega_bound_mean", "false %": "violations_pct"}
 
@@ -379,14 +374,12 @@ def facts(run: Run, now: float) -> dict[str, Any]:
     sign, of = np.fmax(log.last["time"], finite(run.status.get("time"))), finite(run.summary.get("checkpoint_step"))
     elapsed = float(np.fmax(0, sign - finite(run.config.get("created")))) if sign == sign else math.nan
     other = f"of step {of:,.0f}, not {log.checkpoint:,.0f}" if abs(of - log.checkpoint) > 0 else None
-    return {
-        **{"run": run.name, "path": str(run.path), "state": state, "note": note, "step": place, "steps_total": total},
-        **{"epoch": log.last["epoch"], "age_s": now - log.last["time"], "steps_per_s": speed},
-        **{"elapsed_s": elapsed, "eta_s": max(0.0, total - place) / speed if speed > 0 else math.nan},
-        **{"lines": log.lines, "bad_lines": log.skipped, "not_finite": len(log.nonfinite)},
-        **{"attack_eps": run.config.get("attack_eps"), "options": run.options, "series": readings(log)},
-        **{"evaluation": run.summary or None, "evaluation_of_another_checkpoint": other},
-    }
+    known = {"run": run.name, "path": str(run.path), "state": state, "note": note, "step": place, "steps_total": total}
+    known |= {"epoch": log.last["epoch"], "age_s": now - log.last["time"], "steps_per_s": speed, "elapsed_s": elapsed}
+    known |= {"eta_s": max(0.0, total - place) / speed if speed > 0 else math.nan, "lines": log.lines}
+    known |= {"bad_lines": log.skipped, "not_finite": len(log.nonfinite), "attack_eps": run.config.get("attack_eps")}
+    known |= {"options": run.options, "series": readings(log), "evaluation": run.summary or None}
+    return known | {"evaluation_of_another_checkpoint": other}
 
 
 def readings(log: Log) -> dict[str, dict[str, float]]:
@@ -649,8 +642,7 @@ def name_ends(curves: Sequence[Curve], scale: Scale) -> dict[int, list[Part]]:
 def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: float = math.inf) -> list[Content]:
     """Which is more robust?  Headings, then a row a run, the best of each column marked ★, and how it stands.
 
-    Runs compete on the same data; an evaluation of another checkpoint does not, and is marked †.  Columns on the
-    right that do not fit go.
+    Runs compete on the same data; an evaluation of another checkpoint does not (†).  Columns that do not fit go.
     """
     columns: list[list[Part]] = [[("", ""), *(STATES[known["state"]] for known in runs)]]
     columns.append([("", ""), *((name, f"bold {RUNS[i % 4]}") for i, name in enumerate(names))])
@@ -716,8 +708,7 @@ def header(run: Run, known: dict[str, Any], width: int, shown: str) -> list[Cont
     share = float(np.nan_to_num(np.minimum(1.0, step / total)))
     right = f" {share:.1%} · {shown}"
     full = round(share * (room := max(0, width - len(right))))
-    bar = Content.assemble(("━" * full, role), ("─" * (room - full), RULE), (right, DIM))
-    return [line, bar]
+    return [line, Content.assemble(("━" * full, role), ("─" * (room - full), RULE), (right, DIM))]
 
 
 def event_lines(runs: Sequence[Run]) -> list[Content]:
@@ -780,17 +771,12 @@ def dashboard(runs: Sequence[Run], view: View, width: int, height: int, now: flo
 
 def pressed(key: str, view: View, runs: Sequence[Run]) -> View:
     """The view after a key."""
-    match key:
-        case "y":
-            return view._replace(log=not view.log)
-        case "+":  # at least five records stay
-            records = max(run.log.tables["step"].rows for run in runs)
-            return view._replace(zoom=view.zoom + (records >> view.zoom >= 10))
-        case "-":
-            return view._replace(zoom=max(0, view.zoom - 1))
-        case "escape":
-            return view._replace(alone="")
-    return view._replace(alone="" if view.alone == key else key)
+    if key == "y":
+        return view._replace(log=not view.log)
+    if key in ("+", "-"):  # at least five records stay
+        more = max(run.log.tables["step"].rows for run in runs) >> view.zoom >= 10
+        return view._replace(zoom=view.zoom + more if key == "+" else max(0, view.zoom - 1))
+    return view._replace(alone="" if key in ("escape", view.alone) else key)
 
 
 def ascii_of(text: str) -> str:
