@@ -59,8 +59,8 @@ def test_functions_and_classes_are_short_enough_to_read(module):
 
 
 def test_the_whole_is_small_enough_to_read():
-    """It may only shrink: 6,000 lines, an evening's reading, is where it has to come.  And a front page is a page."""
-    assert sum(len((ROOT / f"{module}.py").read_text().splitlines()) for module in MODULES) <= 7950
+    """Under 6,000 lines: an evening's reading.  And a front page is a page."""
+    assert sum(len((ROOT / f"{module}.py").read_text().splitlines()) for module in MODULES) < 6000
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 

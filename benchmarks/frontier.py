@@ -1,0 +1,123 @@
+"""What robustness costs: each evaluated run a line of a table and a point of a picture.
+
+    python benchmarks/frontier.py runs/cifar10-*-seed0 --picture results/frontier.png
+
+Cost is counted in epochs of plain steps (three units of a forward pass; docs/training.md says what the others take); of
+a fine-tuned run with that of the run it began from.  Clean errors are of all test images, at the end of training;
+distances and errors under attack are of the images that `evaluate.py` attacked, in both norms: upper bounds of the true
+distances, lower bounds of the true errors.  Intervals are 95 %: t for means, Clopper-Pearson for errors.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from scipy import stats
+
+UNITS = {"fd": 4, "exact": 3}  # of a penalty, beside the three of a plain step
+RADII = (2, 4, 8)  # 255ths, linf
+COLOURS = {"none": "0.3", "fd": "#0072b2", "exact": "#009e73", "at": "#d55e00", "free": "#cc79a7"}
+
+
+class Point(NamedTuple):
+    """A run: its name and method, plain epochs, clean error %, distances of its images by norm."""
+
+    name: str
+    method: str
+    cost: float
+    clean: float
+    distances: dict[str, np.ndarray]
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
+
+
+def cost_of(run: Path) -> float:
+    """In epochs of plain steps."""
+    config = config_of(run)
+    options, batch = config["options"], config["options"]["batch_size"]
+    extra = UNITS.get(options["method"], 0) * options.get("penalty_share", 1.0)
+    extra += 2 * options["attack_steps"] if options["method"] == "at" else 0
+    before = cost_of(Path(options["init"])) if options.get("init") and Path(options["init"]).is_dir() else 0.0
+    return before + (1 + extra / 3) * config["steps_total"] * batch / config["images_train"]
+
+
+def read(run: Path) -> Point:
+    """A run that has been evaluated in both norms."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clean = [record["clean_error_pct"] for record in records if record["kind"] == "epoch"][-1]
+    with open(run / "evaluation" / "images.csv", newline="") as file:
+        images = list(csv.DictReader(file))
+    distances = {
+        norm: np.array([float(row[f"distance {norm} (pixels 0 to 1)"]) for row in images]) for norm in ("l2", "linf")
+    }
+    return Point(run.name, config_of(run)["options"]["method"], cost_of(run), clean, distances)
+
+
+def share(hit: np.ndarray) -> tuple[float, float, float]:
+    """Percent, and both ends of its interval."""
+    interval = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(0.95, "exact")
+    return 100 * hit.mean(), 100 * interval.low, 100 * interval.high
+
+
+def mean(values: np.ndarray) -> tuple[float, float, float]:
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def line(point: Point) -> str:
+    """A row of the table."""
+    cells = [point.name, f"{point.cost:.1f}", f"{point.clean:.2f}"]
+    cells.append("{:.3f} ({:.3f} to {:.3f})".format(*mean(point.distances["l2"])))
+    cells += ["{:.0f} ({:.0f} to {:.0f})".format(*share(point.distances["linf"] <= r / 255)) for r in RADII]
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(points: list[Point], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    measured = (
+        (axes[0], "error at linf 4/255, %", lambda p: share(p.distances["linf"] <= 4 / 255)),
+        (axes[1], "mean l2 distance", lambda p: mean(p.distances["l2"])),
+    )
+    for axis, title, of in measured:
+        for point in points:
+            value, low, high = of(point)
+            colour = COLOURS.get(point.method, "0.5")
+            axis.errorbar(point.cost, value, [[value - low], [high - value]], fmt="o", color=colour, elinewidth=0.8)
+            label = f"{point.name} ({point.clean:.0f} %)"
+            axis.annotate(label, (point.cost, value), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", xlabel="cost of training, plain epochs (in brackets: clean error)", ylabel=title)
+        axis.set_xlim(0.8 * min(p.cost for p in points), 2.2 * max(p.cost for p in points))
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs.")],
+    picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
+    strip: Annotated[str, typer.Option(help="What all names share, and no table needs.")] = "",
+) -> None:
+    points = [read(run) for run in runs]
+    points = [point._replace(name=point.name.replace(strip, "").removesuffix("-seed0")) for point in points]
+    points.sort(key=lambda point: point.cost)
+    images = {len(d) for point in points for d in point.distances.values()}
+    errors = " | ".join(f"error % at {r}/255" for r in RADII)
+    print(f"images attacked: {', '.join(map(str, sorted(images)))}\n")
+    print(f"| network | plain epochs | clean error % | mean l2 distance | {errors} |", "|---" * 7 + "|", sep="\n")
+    print(*map(line, points), sep="\n")
+    if picture:
+        draw(points, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
