@@ -50,7 +50,6 @@ PEERS = {
         ("adv_lib", "pdgd", 2),
         ("original", "superdeepfool", 0),
         ("torchattacks", "deepfool", 0),
-        ("torchattacks", "pgd_l2_minimal", 0),
     ),
     "linf": (
         ("adv_lib", "fmn", 2),
