@@ -6,18 +6,16 @@ For an image x of class c the attacks look for
 
 where m(x) = (k-th largest logit among the other classes) - (logit of c) is the margin, positive iff c is not among the
 top k.  Whatever they find is an UPPER bound of the true distance, and nothing more: a weak attack makes a weak network
-look robust.  So every attack keeps its best iterate and runs it again in other company, and an image that nothing broke
-has distance inf, never a missing value.
+look robust.  So every attack keeps its best iterate and runs it again in other company.
 
 One idea carries fab (not in the paper), logbarrier and the refinement after every attack: where m is linearised, (1)
 is solved exactly, box included, in both norms (`nearest`).  So one gradient buys a whole step along the boundary.
 
 All are called attack(model, images, labels, *, norm, topk=1, start=None, generator=None), with options of their own,
-and return images like `images`, no farther than `start` (adversarial images) where that is given.  A row that is
-unchanged is an image that was misclassified to begin with, or that the attack could not break.  ValueError, in one
-line, for what no attack can work with.  Randomness is drawn in the shape of one image and serves the whole batch, so
-that the result of an image does not depend on its neighbours.  A `call` is one image through one forward pass, or
-through one backward pass.  Left out: targeted attacks, l1.
+and return images like `images`, no farther than `start` (adversarial images) where that is given.  A row is unchanged
+where the image was misclassified to begin with, or the attack could not break it.  ValueError, in one line, for what no
+attack can work with.  Randomness is drawn for one image and serves the whole batch, so that no result depends on an
+image's neighbours.  A `call` is one image through one forward or one backward pass.  Left out: targeted attacks, l1.
 """
 
 import copy
@@ -39,6 +37,7 @@ SUITE = ("fab", "pgd", "boundary", "logbarrier", "carlini_wagner")
 CALLS = 300  # an image: the default budget, and the least with which masked gradients are looked for
 TOLERANCE = 1e-3  # relative: differences in distance below it are not pursued
 RUNS = 3  # of every adversarial image in the end
+_BY_DECISIONS = 'attack it by its decisions alone, attacks=["boundary"]'
 
 
 class Smallest(NamedTuple):
@@ -69,9 +68,9 @@ def smallest(
 ) -> Smallest:  # fmt: skip
     """The nearest misclassified image that any of `attacks` finds: an upper bound of the distance of (1).
 
-    distances are 0 for images that are misclassified as they are (attack "clean") and inf for images that no attack
-    broke (attack "none", the image unchanged).  Every adversarial image errs again at the end, in other company: a
-    network that is slightly random, or rounds coarsely, gets a distance at which it errs reliably (`_Best.settle`).
+    distances are 0 for images that are misclassified as they are (attack "clean"), and inf, never missing, where no
+    attack broke the image (attack "none", the image unchanged).  A network that is slightly random, or rounds coarsely,
+    gets a distance at which it errs reliably (`_Best.settle`).
 
     budget, at least 10: the most calls for each image, without those of the check (5, and 1 in all); one that does not
     hold at the end may cost up to 130 more.  No image uses another's.  They are spent in the order of `_LADDER`: a
@@ -95,8 +94,7 @@ def smallest(
         if rung and budget >= CALLS:
             best.doubted |= best.distances.isinf()
             best.budget[best.doubted] = math.inf
-        rows = best.rows(~best.doubted | (idle < 2)) if name in attacks else labels[:0]
-        rows = rows[best.affords(rows, most + topk - 1)]
+        rows = best.rows(~best.doubted | (idle < 2), most + topk - 1) if name in attacks else labels[:0]
         if len(rows) == 0:
             continue
         known, part = best.distances.clone(), best.among(rows, anew=name in ("logbarrier", "carlini_wagner"))
@@ -175,11 +173,10 @@ def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
 def fab(best, *, generator, steps: int | None = None, targets: int = 9, restarts: int = 6) -> None:
     """fab(..., steps, targets=9, restarts=6): projections onto the linearised boundary, class by class.
 
-    After FAB (Croce & Hein 2020).  Each step moves to a mix of two points of the linearised boundary: the one nearest
-    to the iterate, and the one nearest to the image (`_follow`).  The first round ascends the margin, in half the
-    steps; then one round for each of the `targets` likeliest classes, nearest first (none with topk > 1); then
-    `restarts` rounds from beyond the best found (`_hop`).  A round costs at most 2 * steps + 1 calls an image, and ends
-    where the linearised boundary is as far as the best found.  By default 80 steps; with topk > 1 240.
+    After FAB (Croce & Hein 2020); a step is in `_follow`.  The first round ascends the margin, in half the steps; then
+    one round for each of the `targets` likeliest classes, nearest first (none with topk > 1); then `restarts` rounds
+    from beyond the best found (`_hop`).  A round costs at most 2 * steps + 1 calls an image, and ends where the
+    linearised boundary is as far as the best found.  By default 80 steps; with topk > 1 240.
     """
     steps, targets = steps or (80 if best.topk == 1 else 240), targets * (best.topk == 1)
     _follow(best, None, (steps + 1) // 2 if targets else steps)
@@ -331,12 +328,11 @@ def carlini_wagner(best, *, generator, steps: int = 100, rounds: int = 3, target
 def boundary(best, *, generator, calls: int = 450) -> None:
     """boundary(..., calls=450): a walk on the far side of the boundary that uses no gradient, only decisions.
 
-    After Brendel et al. (2018), from `start` or else from noise.  Their walk makes a random move along the boundary,
-    then one towards the image, and keeps what is still misclassified.  Here a move that is refused counts as well:
-    where the boundary is flat, the opposite one would have held.  So a round tries moves in orthogonal directions, and
-    turns the plane that it takes the boundary for towards those that held and away from the others (the estimate of
-    HopSkipJump, Chen et al. 2020).  At most calls + 52 calls; 3 to 4 n of them (n values an image) bring it within 5 %
-    of a plane in thousands of dimensions.
+    After Brendel et al. (2018), from `start` or else from noise.  Their walk moves at random along the boundary, then
+    towards the image, and keeps what is still misclassified.  Here a refused move counts, too: on a flat boundary the
+    opposite one would have held.  So a round tries orthogonal moves, and turns the plane that it takes the boundary for
+    towards those that held and away from the others (the estimate of HopSkipJump, Chen et al. 2020).  At most
+    calls + 52 calls; 3 to 4 n of them (n values an image) bring it within 5 % of a plane in thousands of dimensions.
     """
     generator = _child(generator)
     _start_from_noise(best, generator)
@@ -413,21 +409,18 @@ def _bisected(holds, yes: Tensor, no: Tensor, halvings: int) -> tuple[Tensor, Te
 def _child(generator: Generator | None) -> Generator:
     """A new generator for work whose number of draws depends on the batch: what follows must not."""
     device = "cpu" if generator is None else generator.device
-    seed = torch.randint(2**62, (), generator=generator, device=device).item()
-    return Generator(device).manual_seed(seed)
+    return Generator(device).manual_seed(torch.randint(2**62, (), generator=generator, device=device).item())
 
 
 def _start_from_noise(best, generator, tries: int = 40, halvings: int = 10) -> None:
     """Noise of growing weight, uniform or black and white (the box's corners), then bisection towards the image."""
     for k in range(tries):  # all of them are drawn, whatever the batch
-        rows = best.rows(best.distances.isinf())
-        rows = rows[best.affords(rows, 1 + halvings)]
+        rows = best.rows(best.distances.isinf(), 1 + halvings)
         x, options = best.images[rows], {"device": generator.device, "generator": generator}
         noise, share = (torch.rand(shape, dtype=x.dtype, **options).to(x.device) for shape in (x.shape[1:], ()))
         noise = (noise < share).to(x) if k % 2 else noise
         best.test(rows, x.lerp(noise.expand_as(x), min(1.0, 0.1 * (k + 1))))
-    rows = best.rows(best.distances.isfinite())
-    rows = rows[best.affords(rows, halvings)]
+    rows = best.rows(best.distances.isfinite(), halvings)
     x, far, here = best.images[rows], best.adversarial[rows], torch.zeros_like(best.images[rows].flatten(1)[:, 0])
     _bisected(lambda part: best.test(rows, x.lerp(far, column(part, x))) > 0, here + 1, here, halvings)
 
@@ -470,14 +463,13 @@ def _follow(best, goal, steps, z=None, rows=None, weight: float = 1.0) -> None:
     """Walk along the boundary towards the images, from z (None: from the images); `best` keeps what is found.
 
     With the margin linearised at z, p is the point of its boundary nearest to the image, q the one nearest to z.  The
-    step goes to (1 - w) q + w p, with w falling from `weight` to 0.02.  At a kink of the boundary p jumps from piece to
-    piece; so it is taken from a moving average of the linearisations, as in bundle methods, over ever more of them.  p
-    and q aim beyond the boundary by a share of the distance that doubles after a step that was classified correctly and
-    halves after one that was not.  goal: the classes that are to overtake the label, (images, k), or None for whichever
-    are nearest.  An image whose budget ends is tested where it is: a longer walk would have passed there.
+    step goes to (1 - w) q + w p, with w falling from `weight` to 0.02.  At a kink p jumps from piece to piece; so it is
+    taken from a moving average of the linearisations, as in bundle methods, over ever more of them.  p and q aim beyond
+    the boundary by a share of the distance that doubles after a step that was classified correctly, and else halves.
+    goal: the classes (images, k) that are to overtake the label, or None for whichever are nearest.  An image whose
+    budget ends is tested where it is: a longer walk would have passed there.
     """
-    rows = best.rows() if rows is None else rows
-    rows = rows[best.affords(rows, 3)]
+    rows = best.rows(calls=3) if rows is None else rows[best.affords(rows, 3)]
     least = (best.budget - best.spent)[rows].min().item() if len(rows) else 0
     z = (best.images if z is None else z)[rows]
     beyond = torch.full((len(rows),), 0.01, dtype=z.dtype, device=z.device)
@@ -514,8 +506,7 @@ def _goals(best, targets: int) -> list[Tensor]:
     The topk - 1 nearest and each of the next, out of the likeliest 9 + topk - 1.  A backward pass for each class.
     """
     shared, count = best.topk - 1, min(max(9, targets) + best.topk - 1, best.logits.shape[1] - 1)
-    rows = best.rows()[: None if targets > 0 else 0]
-    if len(rows := rows[best.affords(rows, count + 4)]) == 0:
+    if len(rows := best.rows(targets > 0, count + 4)) == 0:
         return []
     classes = best.likeliest[:, :count].clone()
     with torch.enable_grad():
@@ -526,8 +517,7 @@ def _goals(best, targets: int) -> list[Tensor]:
     best.spent[rows] += count
     reach = -leads.detach() / torch.stack(norms, dim=1)
     classes[rows] = classes[rows].gather(1, reach.argsort(dim=1))
-    last = classes[:, shared : shared + targets]
-    return [torch.cat([classes[:, :shared], one[:, None]], dim=1) for one in last.T]
+    return [torch.cat([classes[:, :shared], one[:, None]], dim=1) for one in classes[:, shared : shared + targets].T]
 
 
 def _shares(leads: Tensor, blend: float) -> Tensor:
@@ -594,9 +584,10 @@ class _Best:
         if start is not None:
             self.test(rows := self.rows(), start[rows])
 
-    def rows(self, where: Tensor | bool = True) -> Tensor:
-        """The images that are classified correctly, as they are, and for which `where` (N,) is true."""
-        return (self.active & (self.distances > 0) & where).nonzero()[:, 0]
+    def rows(self, where: Tensor | bool = True, calls: int = 0) -> Tensor:
+        """The images that are classified correctly, as they are, where `where` (N,) is true, that have `calls` left."""
+        rows = (self.active & (self.distances > 0) & where).nonzero()[:, 0]
+        return rows[self.affords(rows, calls)] if calls else rows
 
     def among(self, rows: Tensor, anew: bool) -> "_Best":
         """A search for the images `rows` alone, from what is known of them, or anew."""
@@ -695,9 +686,6 @@ class _Best:
             rows, x0, far, spread = (part[~holds] for part in (rows, x0, far, spread))
 
 
-_BY_DECISIONS = 'attack it by its decisions alone, attacks=["boundary"]'
-
-
 def _gradient(values: Tensor, x: Tensor, **graph: bool) -> Tensor:
     """`gradreg.gradient`, and what to do where there is none."""
     try:
@@ -725,8 +713,7 @@ def _compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor
 def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
     """The relative error of rounding (N,) of the coarsest format that holds the label's and the largest logits exactly.
 
-    A network that computes in 16 bits may well return 32: it shows in the digits of a few logits; one or two may be
-    short by chance.
+    A network that computes in 16 bits may return 32: a few logits' digits show it; one or two may be short by chance.
     """
     largest = logits.topk(min(topk + 5, logits.shape[1]), dim=1).values
     seen = torch.cat([logits.gather(1, labels[:, None]), largest], dim=1)
@@ -743,8 +730,7 @@ def _check_images(images: Tensor, name: str = "images") -> None:
 
 
 def _check_data(model, images: Tensor, labels: Tensor, norm: Norm, start: Tensor) -> None:
-    training = [name for name, module in getattr(model, "named_modules", tuple)() if module.training]
-    if training:
+    if training := [name for name, module in getattr(model, "named_modules", tuple)() if module.training]:
         part = f"a part of the model ({', '.join(training[:3])}) is" if training[0] else "the model is"
         raise ValueError(f"{part} in training mode: call model.eval()")
     _check_images(images)
@@ -761,9 +747,8 @@ def _check_data(model, images: Tensor, labels: Tensor, norm: Norm, start: Tensor
 def _in_ball(best, *, generator: Generator | None, probe: float = 0.02, off: float = 0.3) -> None:
     """PGD in a ball of 0.99 of the distance; doubts images whose gradients are not what they should be.
 
-    That is: the margin, at the image or at the nearest adversarial one, changes along its gradient by 30 % more or less
-    than that says, over 2 % of the distance; on networks that mask nothing it was 7 % at most.  Not with topk > 1,
-    where classes tie and the gradient is that of one.  27 calls.
+    That is: over 2 % of the distance, from the image or from the nearest adversarial one, the margin changes by 30 %
+    more or less than its gradient says (unmasked: 7 % at most).  Not with topk > 1, where classes tie.  27 calls.
     """
     rows, radius = best.rows(best.distances.isfinite()), best.distances.where(best.distances.isfinite(), 0)
     for points, sign in ((best.images, probe), (best.adversarial, -probe)) if len(rows) and best.topk == 1 else ():

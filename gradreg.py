@@ -11,8 +11,7 @@ differences this is the paper's own scale, for its double backpropagation we ass
 One idea carries the whole module.  Let g = grad_x l(x; w), and let d be the unit direction of Prop. 3.2, in which the
 loss rises fastest.  Then <g, d> *is* the dual norm of g (for linf attacks divided by sqrt(n), see `direction`), and
 because d maximises <g, .>, the derivative of <g, d> with respect to the weights does not see d move (the envelope
-theorem).  So d is detached without approximation, and what is left to compute is a directional derivative, of any
-`loss_fn` that maps images (N, ...) to one loss per image (N,); none knows what a network is:
+theorem).  So d is detached without approximation, and what is left is a directional derivative, of any `LossFn`:
 
     fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
     exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
@@ -26,8 +25,8 @@ Batch normalization.  In training mode the images of a batch interact, and g_i i
 batch's losses with respect to image i, as in the authors' code.  Every pass uses its own batch statistics and updates
 the running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.
 
-The second half is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].  Left out:
-the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
+From `column` on it is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].  Left
+out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
 """
 
 import math
@@ -55,12 +54,11 @@ class Penalised(NamedTuple):
 
 
 def joined(part: Penalised, rest: Tensor) -> Penalised:
-    """Eq. (8) with the penalty on a random part of the batch: m of n images, and the losses (n - m,) of the rest.
+    """Eq. (8), penalised on a uniformly drawn part of the batch: m of n images, and the losses (n - m,) of the rest.
 
     penalties_i = n/m ||g_i||_*^2 for i in the part, else 0:   E[mean_i penalties_i] = mean_i ||g_i||_*^2
 
-    where the part is drawn uniformly.  With finite differences a step costs 3 + 4 m/n units, for 7.  Each of both has
-    its own batch statistics; grad is the part's.
+    A step of `fd` costs 3 + 4 m/n units, for 7.  Part and rest have their own batch statistics; grad is the part's.
     """
     n, m = len(part.losses) + len(rest), len(part.losses)
     penalties = torch.cat([part.penalties * (n / m), torch.zeros_like(rest)])
@@ -147,11 +145,10 @@ def fd_penalty(
 
     central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is smooth,
     for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with delta = lam/2
-    (in linf lam / (2 sqrt(n))).  h, positive and finite, is in units of x, as a rule pixels in [0, 1] (the paper:
-    0.01).  The difference cancels digits: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless h
-    is 0.1 or more.  scout: the same loss in cheaper arithmetic, say bfloat16, from which only the direction is taken;
-    one that is off by an angle t loses 1 - cos t of the slope.  A training step costs 7 forward passes' worth (a plain
-    step: 3), with scout 6, and 2 of it.
+    (in linf lam / (2 sqrt(n))).  h, positive and finite, is in units of x, usually pixels in [0, 1] (the paper: 0.01).
+    Digits cancel: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless h is 0.1 or more.  scout:
+    the loss in cheaper arithmetic, say bfloat16, for the direction alone; off by an angle t it loses 1 - cos t of the
+    slope.  A training step costs 7 forward passes' worth (a plain step: 3), with scout 6, and 2 of it.
     """
     if not 0 < h < math.inf:
         raise ValueError(f"h must be a positive finite number, not {h}")
@@ -172,8 +169,7 @@ def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = Tru
     graph that is kept alive and walked twice.  squared=False as in `fd_penalty`.
     """
     losses, grad = input_gradient(loss_fn, x, create_graph=True)
-    d = direction(grad.detach(), norm)  # detached by the envelope theorem: exact, and safe where g = 0
-    slopes = (grad * d).flatten(1).sum(1)
+    slopes = (grad * direction(grad.detach(), norm)).flatten(1).sum(1)  # detaching d is exact, and safe where g = 0
     return Penalised(losses, slopes.square() if squared else slopes.abs(), grad.detach())
 
 
@@ -193,9 +189,6 @@ def jvp_penalty(
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
     return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
-
-
-# --- geometry: balls of the attack's norm, and the box of images ------------------------------------------
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -225,9 +218,8 @@ def steepest(grad: Tensor, norm: Norm) -> Tensor:
 def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Tensor:
     """x, moved into the ball of `radius` (one, or one per image) around each image, and into [0, 1].
 
-    For images in [0, 1] and radius >= 0 the result is never beyond radius, measured in float64: what is beyond by a
-    rounding goes back by a growing share of its way, at last by all of it.  Nothing is checked: for a negative radius
-    the result is the image, and NaN stays NaN.
+    For images in [0, 1] and radius >= 0 the result is never beyond radius, measured in float64.  Nothing is checked:
+    for a negative radius the result is the image, and NaN stays NaN.
     """
     radius = torch.as_tensor(radius, dtype=torch.float64, device=x.device).expand(len(x))
     r, delta = column(radius.to(x), x), x - images
@@ -239,7 +231,7 @@ def project(x: Tensor, images: Tensor, radius: Tensor | float, norm: Norm) -> Te
         delta = _project_l1(delta.flatten(1).double(), radius).view_as(x).to(x)
     x = (images + delta).clamp(0, 1)
     share, beyond = torch.finfo(x.dtype).eps, vector_norm(x.double() - images.double(), norm) > radius
-    while share <= 1:
+    while share <= 1:  # what is beyond by a rounding goes back by a growing share of its way, at last by all of it
         x = torch.where(column(beyond, x), torch.nextafter(x.lerp(images, share), images), x)
         share, beyond = 2 * share, vector_norm(x.double() - images.double(), norm) > radius
         if not beyond.any():  # as a rule after the first share: one look at the device a call
@@ -292,7 +284,6 @@ def _sign(values: Tensor) -> Tensor:
 
 
 def _per_image(losses: Tensor, x: Tensor) -> Tensor:
-    wanted, given = (len(x),), tuple(losses.shape)
-    if given != wanted:
-        raise ValueError(f"loss_fn must return one loss per image, shape {wanted}, not {given}: use reduction='none'")
+    if (got := tuple(losses.shape)) != (len(x),):
+        raise ValueError(f"loss_fn must return one loss per image, shape ({len(x)},), not {got}: use reduction='none'")
     return losses
