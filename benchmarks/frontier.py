@@ -20,6 +20,7 @@ from scipy import stats
 
 UNITS = {"fd": 4, "exact": 3}  # of a penalty, beside the three of a plain step
 RADII = (2, 4, 8)  # 255ths, linf
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 COLOURS = {"none": "0.3", "fd": "#0072b2", "exact": "#009e73", "at": "#d55e00", "free": "#cc79a7"}
 
 
@@ -84,22 +85,25 @@ def draw(points: list[Point], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     measured = (
         (axes[0], "error at linf 4/255, %", lambda p: share(p.distances["linf"] <= 4 / 255)),
         (axes[1], "mean l2 distance", lambda p: mean(p.distances["l2"])),
     )
     for axis, title, of in measured:
-        for point in points:
+        for letter, point in zip(LETTERS, points, strict=False):
             value, low, high = of(point)
-            colour = COLOURS.get(point.method, "0.5")
-            axis.errorbar(point.cost, value, [[value - low], [high - value]], fmt="o", color=colour, elinewidth=0.8)
-            label = f"{point.name} ({point.clean:.0f} %)"
-            axis.annotate(label, (point.cost, value), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", xlabel="cost of training, plain epochs (in brackets: clean error)", ylabel=title)
-        axis.set_xlim(0.8 * min(p.cost for p in points), 2.2 * max(p.cost for p in points))
+            how = {"fmt": "o", "color": COLOURS.get(point.method, "0.5"), "elinewidth": 0.8}
+            shown = axis.errorbar(point.cost, value, [[value - low], [high - value]], **how)
+            shown.set_label(f"{letter}  {point.name}: {point.clean:.0f} %")
+            axis.annotate(letter, (point.cost, value), xytext=(5, 3), textcoords="offset points", fontsize=9)
+        axis.set(xscale="log", xlabel="cost of training, plain epochs", ylabel=title)
+        axis.set_xticks([5, 10, 20, 40, 80], labels=["5", "10", "20", "40", "80"])
+        axis.minorticks_off()
+        axis.set_xlim(0.8 * min(p.cost for p in points), 1.3 * max(p.cost for p in points))
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", title="clean error", fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main(

@@ -531,7 +531,7 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
     assert "fd|exact|none|noise|at|free" in done.stdout
     text = re.sub(r"[\s│]+", " ", done.stdout)
     for shown in (
-        "(digits 1, cifar10 0.1, cifar10-fast 0.1, imagenet 0.1)",
+        "(digits 1, cifar10 0.1, cifar10-fast 0.1, imagenet 0.0051)",
         "(digits 40, cifar10 200, cifar10-fast 16, imagenet 29)",
         "at: PGD steps",
     ):
