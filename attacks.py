@@ -83,6 +83,9 @@ def smallest(
         raise ValueError(f"attacks must be a list out of {', '.join(SUITE)}, not {attacks!r}")
     if not budget >= 10:
         raise ValueError(f"budget must be at least 10 calls an image, not {budget}")
+    least = min(most for name, _, most, guard in _LADDER if name in attacks and (name == "boundary" or not guard))
+    if budget < min(CALLS, least + topk - 1):  # with no run at all every network would be robust
+        raise ValueError(f"budget {budget:g} is too small for {', '.join(attacks)}: give {CALLS} or more, or add fab")
     best, blind = _Best(model, images, labels, norm, topk), set(attacks) == {"boundary"}
     if check:
         _check(best, not blind)

@@ -29,6 +29,7 @@ import io
 import math
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,9 +238,13 @@ def open_factory(spec: str, settings: Settings) -> Target:
 
 
 def open_targets(settings: Settings) -> list[Target]:
-    """The targets, each once.  Raises Failure."""
-    places = {Path(spec).resolve(): (spec, resolve(Path(spec))) for spec in settings.targets}.values()
-    return [open_run(path, settings) if path.is_dir() else open_factory(spec, settings) for spec, path in places]
+    """The targets, each once, with names that tell them apart.  Raises Failure."""
+    places, targets = {Path(spec).resolve(): (spec, resolve(Path(spec))) for spec in settings.targets}, []
+    for spec, path in places.values():
+        targets.append(open_run(path, settings) if path.is_dir() else open_factory(spec, settings))
+        alike = sum(target.name.partition("#")[0] == targets[-1].name for target in targets)
+        targets[-1].name += f"#{alike}" * (alike > 1)
+    return targets
 
 
 def prepare(target: Target, world: World) -> None:
@@ -454,9 +459,18 @@ PARTS = {"sampling": estimate_part, "ascent": estimate_part, "calibration": eval
 PARTS |= {"evaluation": evaluation_part, "audit": audit_part, "smoothing": smoothing_part}
 
 
+def read_part(unit: Unit) -> Arrays:
+    """A part that is there, whole; else nothing."""
+    unreadable = contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile)
+    with unreadable, np.load(unit.file, allow_pickle=False) as file:
+        return dict(file)
+    return {}
+
+
 def work(units: list[Unit], world: World) -> None:
     """Do the parts that are missing, one a process and round.  Raises Failure when a signal asked to stop."""
-    todo = [units[i] for i in world.same([i for i, unit in enumerate(units) if not unit.file.exists()])]
+    missing = [i for i, unit in enumerate(units) if not read_part(unit)] if world.main else None
+    todo = [units[i] for i in world.same(missing)]
     for target in dict.fromkeys(unit.target for unit in todo):
         world.console.print(price([unit for unit in todo if unit.target is target], world.size))
     costs = [unit.calls * unit.target.pace for unit in todo]
@@ -548,8 +562,7 @@ def assemble(target: Target, units: list[Unit]) -> Target:
     """The target with what its parts say, which must all be there."""
     parts: dict[tuple[str, str | float], list[Arrays]] = collections.defaultdict(list)
     for unit in units:
-        with np.load(unit.file, allow_pickle=False) as file:
-            parts[unit.kind, unit.sigma or unit.norm].append(dict(file))
+        parts[unit.kind, unit.sigma or unit.norm].append(read_part(unit))
     for norm in target.settings.norm:
         found = joined(parts["evaluation", norm])
         found["first"] = joined([part for part in parts["evaluation", norm] if "images" in part])
@@ -602,7 +615,9 @@ def main(**options: Any) -> None:
         targets = open_targets(settings)
         for target in targets:
             prepare(target, world)
-        name = "_vs_".join(target.name for target in targets)[:200]  # more than 255 a file may not have
+        name = "_vs_".join(target.name for target in targets)
+        if len(name.encode()) > 200:  # more than 255 bytes no file may have
+            name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         together = settings.out / name if targets[1:] else targets[0].path
         units = [units_of(target, world) for target in targets]
         for path in dict.fromkeys([together, *(unit.file.parent for some in units for unit in some)]):

@@ -180,12 +180,13 @@ def new_prefix(store: dist.Store, rank: int, size: int) -> str:
         store.set("attempt", mine)  # a proposal, confirmed to those that answer under it
         store.set(f"{mine} all", b" ".join(store.get(f"{mine} {other}") for other in range(1, size)))
         return mine
-    while True:
+    for _ in range(15_000):  # five minutes
         name = store.get("attempt").decode()  # a dead process's, perhaps, which nobody confirms
         store.set(f"{name} {rank}", mine)
         if store.check([f"{name} all"]) and mine in store.get(f"{name} all").decode():
             return name
         time.sleep(0.02)
+    raise dist.DistStoreError("the main process did not confirm this one")
 
 
 # --- the run directory ------------------------------------------------------------------------------------

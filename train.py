@@ -934,9 +934,10 @@ def main(**options: Any) -> None:
         given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
         run = runs.resolve(Path(given["init"])) if "init" in given else None
         if run and (config := config_at(run)):  # it knows its network
-            for line in models.changed_since(config, run) if "model" not in given else ():
+            known = {key: config["options"][key] for key in ("model", "activation") if key in config["options"]}
+            for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
                 world.console.print(f"warning: {line}")
-            given = {key: config["options"][key] for key in ("model", "activation")} | given
+            given = known | given
         given |= located(given.get("dataset", "digits"), given.get("data_dir"))
         (partial(begin, name=name) if alone else compare)(given, root=root, images=load_images(given), world=world)
 

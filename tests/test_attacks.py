@@ -882,6 +882,9 @@ def test_what_was_asked_for_is_named():
     for wrong in (math.nan, 9.5):
         with pytest.raises(ValueError, match="budget must be at least 10 calls an image"):
             attacks.smallest(model, images, labels, budget=wrong, **how)
+    for few in (["pgd"], ["logbarrier", "carlini_wagner"]):  # none of which would run at all
+        with pytest.raises(ValueError, match=f"budget 200 is too small for {', '.join(few)}: give 300 or more"):
+            attacks.smallest(model, images, labels, attacks=few, budget=200, **how)
     for attack, wrong in (
         ("pgd", {"restarts": 0}),
         ("pgd", {"steps": 0}),

@@ -692,6 +692,12 @@ def test_stopped_by_a_signal_or_an_error_it_goes_on_and_ends_with_the_same_files
     assert files_of(out) == whole
     assert sorted(set(done)) == sorted(out.rglob("*.npz"))
     assert len(done) == len(set(done)) + 2  # the one that was stopped, the one that failed
+    damaged = done[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])  # by a disk that was full, say: that part, and no other, is new
+    assert command(monkeypatch, *arguments(here, out)) == 0
+    assert files_of(out) == whole
+    assert done[-1] == damaged
+    assert done.count(damaged) == 2
 
 
 @pytest.mark.slow
