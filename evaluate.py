@@ -90,7 +90,7 @@ class Settings:
     seed: Annotated[int, IMAGES(help="Draws the images, and every random start.", min=0)] = 0
     norm: Annotated[list[str], WORK(help="Norms of the attacks: l2, linf.")] = tuple(RADII)
     budget: Annotated[int | None, WORK(help=f"Calls that the attacks may spend on an image and norm, forward and backward passes (default {attacks.CALLS}).", min=10)] = None
-    suite: Annotated[Literal["best", "paper"], WORK(help="best: until two attacks in a row bring an image no nearer.  paper: PGD, Carlini-Wagner, Boundary and LogBarrier, each alone on every image.")] = "best"
+    suite: Annotated[Literal["best", "paper"], WORK(help="best: the nearest image that --budget calls find.  paper: PGD, Carlini-Wagner, Boundary and LogBarrier, each alone on every image.")] = "best"
     attack: Annotated[list[str] | None, WORK(help="Attacks to use, in this order (default: all of the suite).")] = None
     blocks: Annotated[int, WORK(help="Blocks for the paper's estimate by sampling, 5 or more; 0: leave it out.", min=0)] = 100
     audit_images: Annotated[int, WORK(help="Images for the masking audit, at most: it takes about a quarter of what the attacks may spend.", min=1)] = 100
@@ -244,6 +244,9 @@ def open_targets(settings: Settings) -> list[Target]:
         targets.append(open_run(path, settings) if path.is_dir() else open_factory(spec, settings))
         alike = sum(target.name.partition("#")[0] == targets[-1].name for target in targets)
         targets[-1].name += f"#{alike}" * (alike > 1)
+    sizes = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'held in memory')}" for t in targets]
+    if len({*sizes}) > 1:
+        raise Failure(f"different images cannot be compared ({'; '.join(sizes)}): evaluate them one by one", 2)
     return targets
 
 

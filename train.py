@@ -642,7 +642,8 @@ def check_given(given: dict[str, Any]) -> None:
     """Raise Failure for an option that is not finite, too small or too large, or that its method does not have."""
     method = given.get("method", Options.method)
     for f in fields(Options):
-        name, value, of, zero = flag(f.name), given.get(f.name), f.metadata.get("of"), f.name in {"lam", "seed"}
+        name, value, of = flag(f.name), given.get(f.name), f.metadata.get("of")
+        zero = f.name in {"lam", "seed", "split"}
         if value is not None and of and method not in of:
             raise Failure(f"{name} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
