@@ -1,6 +1,7 @@
 """What robustness costs: each evaluated run a line of a table and a point of a picture.
 
-    python benchmarks/frontier.py runs/cifar10-*-seed0 --picture results/frontier.png
+    python benchmarks/frontier.py runs/cifar10-*-seed0 --picture frontier.png
+    python benchmarks/frontier.py MORE-RUNS --keep results/frontier-narrow.jsonl --picture results/frontier-narrow.png
 
 Cost is counted in epochs of plain steps (three units of a forward pass; docs/training.md says what the others take); of
 a fine-tuned run with that of the run it began from.  Clean errors are of all test images, at the end of training;
@@ -60,6 +61,12 @@ def read(run: Path) -> Point:
     return Point(run.name, config_of(run)["options"]["method"], cost_of(run), clean, distances)
 
 
+def kept(path: Path) -> list[Point]:
+    """The points of a file, each a line of JSON; none where there is no file."""
+    found = [Point(*json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return [p._replace(distances={norm: np.array(d) for norm, d in p.distances.items()}) for p in found]
+
+
 def share(hit: np.ndarray) -> tuple[float, float, float]:
     """Percent, and both ends of its interval."""
     interval = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(0.95, "exact")
@@ -107,12 +114,17 @@ def draw(points: list[Point], path: Path) -> None:
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="A file of such points: they join, and all are kept there.")] = None,
     strip: Annotated[str, typer.Option(help="What all names share, and no table needs.")] = "",
 ) -> None:
-    points = [read(run) for run in runs]
+    points = [read(run) for run in runs or ()]
     points = [point._replace(name=point.name.replace(strip, "").removesuffix("-seed0")) for point in points]
+    if keep:
+        points += [point for point in kept(keep) if point.name not in {known.name for known in points}]
+        lines = [json.dumps(p._replace(distances={n: d.tolist() for n, d in p.distances.items()})) for p in points]
+        keep.write_text("\n".join(lines) + "\n")
     points.sort(key=lambda point: point.cost)
     images = {len(d) for point in points for d in point.distances.values()}
     errors = " | ".join(f"error % at {r}/255" for r in RADII)
