@@ -313,8 +313,10 @@ def labels_of(names: Sequence[str], own: Sequence[str], classes: Sequence[str], 
 
 def check_split(name: str, split: float) -> float:
     """The same `split`.  Raises DataError for one that is no share, or where `name` is not a folder of images."""
-    if not 0 <= split < 1 or (split and name == "digits"):
-        raise DataError(f"--split {split:g}: must be a share from 0 to less than 1, of a folder of images")
+    if split and name == "digits":
+        raise DataError("--split is for folders of images; digits has a test part: leave it out")
+    if not 0 <= split < 1:
+        raise DataError(f"--split {split:g}: must be a share from 0 to less than 1")
     return split
 
 

@@ -246,7 +246,7 @@ def open_targets(settings: Settings) -> list[Target]:
         targets[-1].name += f"#{alike}" * (alike > 1)
     sizes = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'held in memory')}" for t in targets]
     if len({*sizes}) > 1:
-        raise Failure(f"different images cannot be compared ({'; '.join(sizes)}): evaluate them one by one", 2)
+        raise Failure(f"different images cannot be compared: {'; '.join(sizes)}; one by one, or with one --size", 2)
     return targets
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -805,6 +806,32 @@ def trained(tmp_path_factory):
         monkeypatch.setattr(sys, "argv", ["train.py", "digits", *options, "--runs", str(root)])
         assert runs.run_command(train.main) == 0
     return root / "run"
+
+
+@pytest.mark.usefixtures("_passing_audit")
+def test_names_tell_runs_and_their_comparisons_apart(trained, tmp_path, monkeypatch):
+    """Two of one name; and names that differ only where a file's name would end."""
+    (tmp_path / "else").mkdir()
+    same = [trained, shutil.copytree(trained, tmp_path / "else" / "run")]
+    assert [target.name for target in evaluate.open_targets(settings(targets=same))] == ["run", "run#2"]
+    long = [shutil.copytree(trained, tmp_path / (150 * letter)) for letter in "abc"]
+    few = ["--images", "2", "--calibration", "0", "--audit-images", "1", "--norm", "linf", "--attack", "fab"]
+    for other in long[1:]:
+        assert command(monkeypatch, long[0], other, *few, "--out", tmp_path / "out") == 0
+    reports = [(place / "report.md").read_text() for place in (tmp_path / "out").iterdir()]
+    assert sorted(150 * "c" in text for text in reports) == [False, True]
+
+
+def test_networks_that_see_different_images_are_not_compared(here, trained, tmp_path, monkeypatch, capsys):
+    for i in range(10):
+        (tmp_path / "photos" / "test" / str(i)).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 9 * i, np.uint8)).save(tmp_path / "photos" / "test" / str(i) / "a.png")
+    spec = f"{here}/theirs.py:linear"
+    assert command(monkeypatch, trained, spec, "--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search("different images cannot be compared: 797 of digits, .*; 10 of photos, .*; one by one", said)
+    assert "\n" not in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("_passing_audit")
