@@ -6,6 +6,7 @@
     python benchmarks/attacks.py --data imagenet --data-dir imagenet --topk 5 --images 8
     python benchmarks/attacks.py --budgets                                        # no peers: `smallest` at every budget
     python benchmarks/attacks.py --budgets --run results/networks/cifar10-fast-robust --data-dir DIR     # of a run
+    python benchmarks/attacks.py --budgets --run lite0.py:build --data imagenet --data-dir DIR --topk 5 --size 128
     python benchmarks/attacks.py --data exact                                     # no peers: against exact distances
 
 --data-dir holds train/<class>/*.jpg and test/<class>/*.jpg of 32x32 images (cifar10) or val/<class>/*.JPEG, shrunk to
@@ -144,14 +145,20 @@ def prepare(data: str, data_dir: Path, cache: Path | None, lam: float, count: in
 # Peers -----------------------------------------------------------------------------------------------------
 
 
-def of_run(run: Path, data_dir: Path | None, count: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network of a run, and the first of its test images, in a fixed random order, that it classifies correctly."""
-    model, config = models.load(run), json.loads((run / "config.json").read_text())
-    test, _ = images_of.load_test(config["options"]["dataset"], data_dir, classes=config["class_names"])
+def of_run(
+    run: str, data: str, data_dir: Path | None, count: int, topk: int, size: int | None
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A run's network or a user's, and the first of its test images, in a fixed random order, that it gets right."""
+    if models.is_file(run):
+        test, classes = images_of.load_test(data, data_dir)
+        model = models.from_file(run, classes=len(classes)).eval().requires_grad_(False)
+    else:
+        model, config = models.load(run), json.loads((Path(run) / "config.json").read_text())
+        test, _ = images_of.load_test(config["options"]["dataset"], data_dir, classes=config["class_names"])
     rows = images_of.order(len(test), seed=0, epoch=2)[: 2 * count]
-    x, y = images_of.fetch(test, rows, torch.device("cpu"))
+    x, y = images_of.fetch(test.at(size) if size else test, rows, torch.device("cpu"))
     with torch.no_grad():
-        right = (model(x).argmax(1) == y).nonzero()[:count, 0]
+        right = (attacks.margin(model(x), y, topk) <= 0).nonzero()[:count, 0]
     return model, x[right], y[right]
 
 
@@ -510,7 +517,8 @@ def main(
     topk: Annotated[int, typer.Option(help="out of how many likeliest classes an image is to be moved")] = 1,
     seed: Annotated[int, typer.Option(help="of the network, if not in --cache; other images for each")] = 0,
     norms: Annotated[str, typer.Option(help="comma-separated")] = "linf,l2",
-    run: Annotated[Path | None, typer.Option(help="a run, whose network is attacked on its own test images")] = None,
+    run: Annotated[str | None, typer.Option(help="a run, attacked on its test images; or FILE.py:FACTORY")] = None,
+    size: Annotated[int | None, typer.Option(help="pixels a side of the images for FILE.py:FACTORY")] = None,
     budgets: Annotated[bool, typer.Option("--budgets", help="`smallest` alone, at several budgets")] = False,
 ) -> None:
     """Print one table per norm."""
@@ -520,7 +528,7 @@ def main(
         against_closed_forms(images, seed)
         return against_the_oracle(images)
     if run:
-        model, x, y = of_run(run, data_dir, images)
+        model, x, y = of_run(run, data, data_dir, images, topk, size)
     else:
         model, x, y = prepare(data, data_dir, cache, lam, images, seed, topk)
     print(f"{run or f'lam {lam}, seed {seed}'}, one thread, torch {torch.__version__}")
