@@ -135,8 +135,7 @@ ASCII |= dict.fromkeys(range(0x2801, 0x2900), "*")  # braille
 class Tail:
     """The whole lines of a growing file, each exactly once, also when it is truncated or replaced.
 
-    It is opened anew at each poll (NFS), so it may vanish and come back.  A line longer than `limit` goes by in broken
-    pieces.  With `last`, only so many bytes of a longer file are read.
+    Opened anew at each poll (NFS); a line longer than `limit` goes by in pieces; `last`: only so many bytes at first.
     """
 
     def __init__(self, path: Path, last: float = math.inf, limit: int = 1 << 19):
@@ -484,16 +483,16 @@ class Scale(NamedTuple):
 
 
 def scale_of(low: float, high: float, rows: int, log: bool) -> Scale:
-    """An axis that holds low..high, nearly full, with about five ticks, whose labels differ.
+    """An axis of two rows or more that holds low..high, nearly full, with about five ticks, whose labels differ.
 
     Logarithmic only over a decade or more; what is not positive then lies below it.
     """
     size, least = max(abs(high), abs(low)) or 1.0, max(low, high * 1e-12) if low > 0 else high * 1e-3
     if log := log and high >= 10 * least > 0:
         low, high = math.log10(least), math.log10(high)
-        step, gap = 1.0, max(2, int((rows - 0.5) / (high - math.floor(low))))
+        step, gap = 1.0, min(rows - 1, max(2, int((rows - 0.5) / (high - math.floor(low)))))
     else:
-        low, gap = 0.0 if 0 < low <= 0.4 * high else low, max(2, round(rows / 5))
+        low, gap = 0.0 if 0 < low <= 0.4 * high else low, min(rows - 1, max(2, round(rows / 5)))
         step = nice(max(high - low, (0.01 if size >= 0.01 else 0.1) * size) * gap / rows)
     while (math.floor(low / step + 1e-9) + (rows - 0.5) / gap) * step < high - 1e-9 * step:
         step = step + 1 if log else nice(step * 1.0001)
@@ -582,8 +581,8 @@ def chart(runs: Sequence[Run], view: View, title: str, series: list[Series], wid
             colour, tag = (RUNS[i], names[i]) if many else (s.colour, run.named(s.tag))
             bins = bins._replace(low=bins.line, high=bins.line) if many else bins  # envelopes would hide each other
             curves += [Curve(run, s, colour, tag, bins)] if not np.isnan(bins.line).all() else []
-    if not curves:
-        return [head(width, title, "no data yet")]
+    if not curves or rows < 2:
+        return [head(width, title, "no room" if curves else "no data yet")]
     scale = scale_of(*limits([c.bins for c in curves]), rows, view.log or "gradient" in title)
     cells, roles = draw(curves, scale, edges, band=not many and series[0].table == "step")
     labels = {rows - 1 - i * scale.gap: label for i, label in enumerate(scale.ticks())}

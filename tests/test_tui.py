@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from textual.color import Color
 from typer.testing import CliRunner
@@ -548,7 +548,10 @@ def test_a_huge_spike_spoils_no_mean_behind_it():
     assert line[5:].tolist() == [1.0] * 21
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(1, 60), st.booleans())
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 60), st.booleans())
+@example(7e-140, 251514.0, 2, True)
+@example(-6.6, 12.0, 2, False)  # on both sides of 0 a step between ticks has to fit
+@example(-6.6, 12.0, 3, False)
 def test_scales_hold_the_data_and_their_ticks_are_evenly_spaced_rows(low, width, rows, log):
     scale = tui.scale_of(low, low + width, rows, log)
     bottom, top = scale.place(np.array([low, low + width]))
