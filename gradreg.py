@@ -16,6 +16,7 @@ theorem).  So d is detached without approximation, and what is left is a directi
     fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
     exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
     jvp_penalty    d/dt l(x + t d) at t = 0     forward mode, then one ordinary backward: the other twin
+    ascent_penalty l(x + lam <g, d> d)          not this sum but the maximum it bounds: eq. (7) by one step, cheaper
 
 Chance.  The penalty of a network in training mode is that of one draw of it (dropout, stochastic depth, noise): every
 pass begins with torch's random state, of the CPU and of x's device, as the first one found it.  Not so a generator of
@@ -23,7 +24,7 @@ the network's own, Python's or numpy's: there the quotient is noise over h.  Whi
 
 Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the
 batch's losses with respect to image i, as in the authors' code.  Every pass uses its own batch statistics and updates
-the running ones: twice a step for `fd` and `jvp`, three times for central differences, once for `exact`.
+the running ones: twice a step, three times for central differences, once for `exact`.
 
 From `column` on it is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].  Left
 out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
@@ -189,6 +190,25 @@ def jvp_penalty(
     with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
         losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
     return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
+
+
+def ascent_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, lam: float, squared: bool = True) -> Penalised:
+    """Its objective(lam) has the value of (8), and as its gradient that of (7), of which (8) is the upper bound:
+
+    max_v l(x_i + v) - ||v||^2 / (2 lam)        by one step from 0, which maximises its linear part: v = lam <g, d> d
+
+    Danskin's theorem: v is held where it is.  Both gradients agree to first order in lam; by more steps it is Sinha,
+    Namkoong and Duchi (2018).  squared=False is (5) with delta = lam/2: a step of fixed length, the fast gradient
+    sign method.  In linf lam is divided by n as everywhere here.  No digits cancel: loss_fn may compute in bfloat16.
+    A training step costs 5 forward passes' worth.
+    """
+    loss_fn = _same_draw(loss_fn, x)
+    losses, grad = input_gradient(loss_fn, x)
+    d = direction(grad, norm)
+    slopes = (grad * d).flatten(1).sum(1)
+    reach = lam * slopes if squared else torch.full_like(slopes, lam / 2)
+    ahead = _per_image(loss_fn(x.detach() + column(reach, x) * d), x)
+    return Penalised(ahead - (ahead.detach() - losses), slopes.square() if squared else slopes, grad)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def paper_model(options: dict[str, Any], dataset: str) -> str | None:
     method, recipe = options["method"], COMMON | RECIPES.get(dataset, {})
     if method == "free":  # as many steps as the others
         recipe |= {"epochs": math.ceil(recipe.get("epochs", 0) / options["replays"]), "eps": 8 / 255}
-    if any(options.get(name, value) != value for name, value in recipe.items()):
+    if method == "ascent" or any(options.get(name, value) != value for name, value in recipe.items()):
         return None
     attacked = f"{options.get('norm')} {options.get('attack_steps')}-step AT eps={255 * options.get('eps', 0):g}/255"
     names = {"none": "undefended", "at": attacked, "free": f"linf For Free AT m={options.get('replays')}"}

@@ -75,14 +75,14 @@ class Options:
     """
 
     dataset: str = "cifar10"  # or digits, or imagenet, or the absolute path of a folder
-    method: Literal["fd", "exact", "none", "noise", "at", "free"] = penalty(
-        "fd", "finite differences (Algorithm 1), double backpropagation; none, or a baseline (docs/training.md)"
+    method: Literal["fd", "exact", "ascent", "none", "noise", "at", "free"] = penalty(
+        "fd", "finite differences (Algorithm 1), double backpropagation, one step up eq. (7); none, or a baseline"
     )  # fmt: skip
     norm: Literal["l2", "linf", "l1"] = penalty("l2", "the attacks to defend against; for at and free linf")
-    lam: float = penalty(0.1, "lam/2 times the mean penalty is added to the loss", of="fd exact")  # the paper: 0.1 or 1
+    lam: float = penalty(0.1, "the loss gains lam/2 times the mean penalty", of="fd exact ascent")  # paper: 0.1, 1
     h: float = penalty(0.01, "step of the difference", of="fd")  # the paper's: 1e-3 already costs digits in float32
-    unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact")
-    penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact")
+    unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact ascent")
+    penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact ascent")
     # Madry et al. (2018), Shafahi et al. (2019), Cohen et al. (2019); docs/training.md says how the paper's own differ.
     eps: float = baseline(8 / 255, "radius; 8/255 is understood", of="at free", parser=fraction)
     attack_steps: int = baseline(7, "PGD steps, each of 1.75 eps / steps", of="at")
@@ -96,7 +96,7 @@ class Options:
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
     lr: float = training(0.1, "first learning rate; scales the schedule")
-    amp: bool = training(False, "bfloat16 where no digits cancel", of="fd none noise at free")
+    amp: bool = training(False, "bfloat16 where no digits cancel", of="fd ascent none noise at free")
     channels_last: bool = training(False, "memory layout, faster on recent GPUs with --amp")
     size: int | None = training(None, "pixels a side of large images; a folder's: their own, up to 224")
     seed: int = training(0, "of weights, order, augmentation, noise and random layers")
@@ -195,7 +195,7 @@ from runs import Failure, World
 
 # --- the objective ----------------------------------------------------------------------------------------
 
-PENALISED = {"fd", "exact"}  # the other methods change the images, if anything, and not the loss
+PENALISED = {"fd": 4, "exact": 3, "ascent": 2}  # units of work beside the 3 of a plain step; tests/test_cost.py
 
 
 class Objective(nn.Module):
@@ -209,14 +209,14 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.options = network, replace(options or Options(), **changed)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Penalised:
+    def forward(self, images: Tensor, labels: Tensor, lam: float = 1.0) -> Penalised:
         n, share = len(images), self.options.penalty_share if self.options.method in PENALISED else 0
         m = math.ceil(n * share)  # the order of an epoch is random: the first images of a batch are a random part of it
-        part = self.part(images[:m], labels[:m], self.options.method) if m else None
+        part = self.part(images[:m], labels[:m], self.options.method, lam * n / m) if m else None
         rest = self.part(images[m:], labels[m:], "none") if m < n else None
         return gradreg.joined(part, rest.losses) if part and rest else part or rest
 
-    def part(self, images: Tensor, labels: Tensor, method: str) -> Penalised:
+    def part(self, images: Tensor, labels: Tensor, method: str, lam: float = 0.0) -> Penalised:
         options = self.options
 
         def loss_fn(z: Tensor, rounded: bool = False) -> Tensor:
@@ -230,6 +230,8 @@ class Objective(nn.Module):
             return gradreg.fd_penalty(loss_fn, images, h=options.h, scout=scout, **how)
         if method == "exact":
             return gradreg.exact_penalty(loss_fn, images, **how)
+        if method == "ascent":
+            return gradreg.ascent_penalty(scout or loss_fn, images, lam=lam, **how)
         losses = (scout or loss_fn)(images)
         return Penalised(losses, torch.zeros_like(losses), None)
 
@@ -271,7 +273,7 @@ class Trainer:
         inputs = training_inputs(self, images, labels)
         torch.manual_seed(self.chance(1 + self.world.rank))  # from here random layers draw
         self.optimizer.zero_grad(set_to_none=True)
-        out = self.objective(inputs, labels)
+        out = self.objective(inputs, labels, self.lam)
         out.objective(self.lam).backward()
         self.optimizer.step()
         if self.options.method == "free":  # one step up the loss; what lies beyond [0, 1] has gradient 0, and stays
@@ -684,7 +686,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
     own: dict[str, Any] = {"norm": "linf" if method in {"at", "free"} else "l2"}
-    own["amp"] = recipe.amp and method not in PENALISED  # beside a penalty it saves nothing on a CPU, and costs digits
+    own["amp"] = recipe.amp and method not in {"fd", "exact"}  # where it saves nothing on a CPU, and costs digits
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
@@ -791,7 +793,8 @@ def introduce(trainer: Trainer) -> None:
     how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
     weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
     sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
-    cost = 1 + options.penalty_share * {"fd": 4, "exact": 3, "at": 2 * options.attack_steps}.get(options.method, 0) / 3
+    units = PENALISED | {"at": 2 * options.attack_steps}
+    cost = 1 + options.penalty_share * units.get(options.method, 0) / 3
     trainer.world.console.print(
         f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
         f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"

@@ -38,15 +38,19 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "three eighths of each batch": {"penalty_share": 0.375},
     "everything, 5/8 of the epochs": {"length": 5 / 8},
     "a quarter of each batch": {"penalty_share": 0.25},
+    "one step up (7)": {"method": "ascent"},
+    "one step up (7), three quarters of each batch": {"method": "ascent", "penalty_share": 0.75},
+    "one step up (7), half of each batch": {"method": "ascent", "penalty_share": 0.5},
+    "adversarial training, one step": {"method": "at", "norm": "l2", "eps": 0.5, "attack_steps": 1},
 }
 WHOLE = "everything (Algorithm 1)"
 DIVERGED = 3  # train.py's exit code
 
 
 def cost(how: dict[str, Any]) -> float:
-    """Of the training, in plain steps of three units (a penalty is four more), the whole length counting as 1."""
-    penalised = 0.0 if how.get("method") == "none" else how.get("penalty_share", 1.0)
-    return how.get("length", 1) * (1 + 4 / 3 * penalised)
+    """Of the training, in plain steps of three units, the whole length counting as 1."""
+    units = train.PENALISED.get(how.get("method", "fd"), 0) * how.get("penalty_share", 1)
+    return how.get("length", 1) * (1 + (units + 2 * how.get("attack_steps", 0)) / 3)
 
 
 def measure(trainer: train.Trainer, world: runs.World, images: int, budget: int) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def main(
             if (name, seed) in done or (only and name not in only):
                 continue
             given = shared | how | {"seed": seed}
-            if how.get("method") == "none":
+            if how.get("method", "fd") not in train.PENALISED:
                 given.pop("lam", None)
             if "length" in given:
                 full = epochs or train.RECIPES["digits" if dataset == "digits" else "cifar10-fast"].epochs

@@ -19,10 +19,10 @@ import numpy as np
 import typer
 from scipy import stats
 
-UNITS = {"fd": 4, "exact": 3}  # of a penalty, beside the three of a plain step
+UNITS = {"fd": 4, "exact": 3, "ascent": 2}  # of a penalty, beside the three of a plain step
 RADII = (2, 4, 8)  # 255ths, linf
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-COLOURS = {"none": "0.3", "fd": "#0072b2", "exact": "#009e73", "at": "#d55e00", "free": "#cc79a7"}
+COLOURS = {"none": "0.3", "fd": "#0072b2", "exact": "#009e73", "ascent": "#56b4e9", "at": "#d55e00", "free": "#cc79a7"}
 
 
 class Point(NamedTuple):
