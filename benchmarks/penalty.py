@@ -41,6 +41,7 @@ METHODS = {
     "fd, central": {"method": "fd", "function": "central"},
     "exact (double backpropagation)": {"method": "exact"},
     "jvp (forward mode)": {"method": "exact", "function": "jvp"},
+    "ascent": {"method": "ascent"},
 }
 WAYS = ("float32", "tf32", "bfloat16", "channels_last")
 
@@ -52,7 +53,7 @@ class Direct(train.Objective):
         super().__init__(network, **options)
         self.function = function
 
-    def part(self, images: Tensor, labels: Tensor, method: str) -> gradreg.Penalised:
+    def part(self, images: Tensor, labels: Tensor, method: str, lam: float = 0.0) -> gradreg.Penalised:
         def loss_fn(x: Tensor) -> Tensor:
             return gradreg.cross_entropy(self.network(x), labels)
 
