@@ -15,8 +15,7 @@ theorem).  So d is detached without approximation, and what is left is a directi
 
     fd_penalty     (l(x + h d) - l(x)) / h      finite difference: eq. (9) and Algorithm 1
     exact_penalty  <g, d>                       double backpropagation (Drucker & LeCun 1991): the slow twin
-    jvp_penalty    d/dt l(x + t d) at t = 0     forward mode, then one ordinary backward: the other twin
-    ascent_penalty l(x + lam <g, d> d)          not this sum but the maximum it bounds: eq. (7) by one step, cheaper
+    ascent_penalty l(x + lam <g, d> d)          not this bound but eq. (7) itself, by one step: cheaper
 
 Chance.  The penalty of a network in training mode is that of one draw of it (dropout, stochastic depth, noise): every
 pass begins with torch's random state, of the CPU and of x's device, as the first one found it.  Not so a generator of
@@ -35,7 +34,6 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 Norm = Literal["l2", "linf", "l1"]  # of the ATTACK; its dual is taken in `dual_norm` and nowhere else
@@ -174,39 +172,24 @@ def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = Tru
     return Penalised(losses, slopes.square() if squared else slopes.abs(), grad.detach())
 
 
-def jvp_penalty(
-    loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = True, scout: LossFn | None = None
+def ascent_penalty(
+    loss_fn: LossFn, x: Tensor, *, norm: Norm, lam: float, h: float = math.inf, squared: bool = True
 ) -> Penalised:
-    """`exact_penalty` to rounding: the slope along d by forward-mode differentiation, then one backward.
-
-    It is the limit h -> 0 of `fd_penalty` without the cancellation: the same two passes, the second one carrying a
-    tangent.  Every operation of loss_fn must have a forward-mode derivative (torch raises NotImplementedError and names
-    the one that has none), and torch's own softmax, log_softmax, logsumexp and cross_entropy fail in the backward after
-    it (pytorch issue 162350): use `cross_entropy` from here.  squared and scout as in `fd_penalty`.
-    """
-    loss_fn, scout = _same_draw(loss_fn, x), scout and _same_draw(scout, x)
-    _, grad = input_gradient(scout or loss_fn, x)
-    d = direction(grad, norm)
-    with forward_ad.dual_level():  # not torch.func.jvp: that refuses BatchNorm's running statistics
-        losses, slopes = forward_ad.unpack_dual(_per_image(loss_fn(forward_ad.make_dual(x.detach(), d)), x))
-    return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
-
-
-def ascent_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, lam: float, squared: bool = True) -> Penalised:
     """Its objective(lam) has the value of (8), and as its gradient that of (7), of which (8) is the upper bound:
 
-    max_v l(x_i + v) - ||v||^2 / (2 lam)        by one step from 0, which maximises its linear part: v = lam <g, d> d
+    max_v l(x_i + v) - ||v||^2 / (2 lam)    by the step from 0 that maximises its linear part: v = min(lam <g, d>, h) d
 
-    Danskin's theorem: v is held where it is.  Both gradients agree to first order in lam; by more steps it is Sinha,
-    Namkoong and Duchi (2018).  squared=False is (5) with delta = lam/2: a step of fixed length, the fast gradient
-    sign method.  In linf lam is divided by n as everywhere here.  No digits cancel: loss_fn may compute in bfloat16.
-    A training step costs 5 forward passes' worth.
+    Danskin's theorem: v is held where it is.  For h = inf both gradients agree to first order in lam; h keeps steps
+    short where the loss is far from linear, as in the first epochs.  squared=False is (5) with delta = lam/2: steps of
+    one length, the fast gradient sign method; by more steps it is Sinha, Namkoong and Duchi (2018).  In linf lam is
+    divided by n, as everywhere here.  No digits cancel: loss_fn may compute in bfloat16.  A training step costs 5
+    forward passes' worth.
     """
     loss_fn = _same_draw(loss_fn, x)
     losses, grad = input_gradient(loss_fn, x)
     d = direction(grad, norm)
     slopes = (grad * d).flatten(1).sum(1)
-    reach = lam * slopes if squared else torch.full_like(slopes, lam / 2)
+    reach = (lam * slopes if squared else torch.full_like(slopes, lam / 2)).clamp_max(h)
     ahead = _per_image(loss_fn(x.detach() + column(reach, x) * d), x)
     return Penalised(ahead - (ahead.detach() - losses), slopes.square() if squared else slopes, grad)
 

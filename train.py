@@ -80,7 +80,7 @@ class Options:
     )  # fmt: skip
     norm: Literal["l2", "linf", "l1"] = penalty("l2", "the attacks to defend against; for at and free linf")
     lam: float = penalty(0.1, "the loss gains lam/2 times the mean penalty", of="fd exact ascent")  # paper: 0.1, 1
-    h: float = penalty(0.01, "step of the difference", of="fd")  # the paper's: 1e-3 already costs digits in float32
+    h: float = penalty(0.01, "step of the difference; ascent: the longest step, 0.5", of="fd ascent")  # l2, pixels
     unsquared: bool = penalty(False, "the norm itself, not its square (Section 3)", of="fd exact ascent")
     penalty_share: float = penalty(1.0, "of each batch that is penalised, at random", of="fd exact ascent")
     # Madry et al. (2018), Shafahi et al. (2019), Cohen et al. (2019); docs/training.md says how the paper's own differ.
@@ -231,7 +231,7 @@ class Objective(nn.Module):
         if method == "exact":
             return gradreg.exact_penalty(loss_fn, images, **how)
         if method == "ascent":
-            return gradreg.ascent_penalty(scout or loss_fn, images, lam=lam, **how)
+            return gradreg.ascent_penalty(scout or loss_fn, images, lam=lam, h=options.h, **how)
         losses = (scout or loss_fn)(images)
         return Penalised(losses, torch.zeros_like(losses), None)
 
@@ -686,6 +686,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
     own: dict[str, Any] = {"norm": "linf" if method in {"at", "free"} else "l2"}
+    own |= {"h": 0.5} if method == "ascent" else {}
     own["amp"] = recipe.amp and method not in {"fd", "exact"}  # where it saves nothing on a CPU, and costs digits
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:

@@ -40,14 +40,13 @@ METHODS = {
     "fd": {"method": "fd"},
     "fd, central": {"method": "fd", "function": "central"},
     "exact (double backpropagation)": {"method": "exact"},
-    "jvp (forward mode)": {"method": "exact", "function": "jvp"},
     "ascent": {"method": "ascent"},
 }
 WAYS = ("float32", "tf32", "bfloat16", "channels_last")
 
 
 class Direct(train.Objective):
-    """The objective with a penalty that train.py does not offer: central differences, or forward mode."""
+    """The objective with a penalty that train.py does not offer: central differences."""
 
     def __init__(self, network: nn.Module, *, function: str, **options: Any):
         super().__init__(network, **options)
@@ -57,8 +56,6 @@ class Direct(train.Objective):
         def loss_fn(x: Tensor) -> Tensor:
             return gradreg.cross_entropy(self.network(x), labels)
 
-        if self.function == "jvp":
-            return gradreg.jvp_penalty(loss_fn, images, norm=self.options.norm)
         return gradreg.fd_penalty(loss_fn, images, norm=self.options.norm, h=self.options.h, central=True)
 
 

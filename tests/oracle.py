@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from scipy.optimize import Bounds, LinearConstraint, milp
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -184,3 +185,13 @@ class _Below(TorchDispatchMode):
         masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in arguments[1])
         self.looks.count += masked or name in ("_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select")
         return function(*arguments, **(options or {}))
+
+
+def forward_penalty(loss_fn, x, *, norm, squared=True):
+    """The penalty by forward mode, which moves the whole batch as finite differences do: their limit, h -> 0."""
+    loss_fn = gradreg._same_draw(loss_fn, x)
+    _, grad = gradreg.input_gradient(loss_fn, x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), gradreg.direction(grad, norm))
+        losses, slopes = forward_ad.unpack_dual(loss_fn(dual))
+    return gradreg.Penalised(losses, slopes.square() if squared else slopes.abs(), grad)

@@ -13,7 +13,6 @@ UNITS = {
     "fd": 7,
     "fd, central": 10,
     "exact (double backpropagation)": 6,
-    "jvp (forward mode)": 10,
     "ascent": 5,
 }
 

@@ -49,7 +49,6 @@ def smooth_case(device):
 PENALTIES = {
     "fd": lambda loss_fn, x, norm: gradreg.fd_penalty(loss_fn, x, norm=norm, h=1e-5, central=True),
     "exact": lambda loss_fn, x, norm: gradreg.exact_penalty(loss_fn, x, norm=norm),
-    "jvp": lambda loss_fn, x, norm: gradreg.jvp_penalty(loss_fn, x, norm=norm),
 }
 
 
@@ -129,7 +128,7 @@ def command(monkeypatch, *arguments):
     return runs.run_command(train.main)
 
 
-@pytest.mark.parametrize("method", ["fd", "exact", "none", "noise", "at", "free"])
+@pytest.mark.parametrize("method", ["fd", "exact", "ascent", "none", "noise", "at", "free"])
 def test_a_run_trains_resumes_and_loads(monkeypatch, tmp_path, device, method):
     """Its first losses are those of a run on the CPU, where it draws nothing on the device."""
     replays = ["--replays", 2] if method == "free" else []

@@ -308,9 +308,9 @@ class Parts(train.Objective):
         super().__init__(network, options)
         self.parts = parts
 
-    def forward(self, images, labels):
+    def forward(self, images, labels, lam):
         parts = zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)
-        losses, penalties, grads = zip(*(super(Parts, self).forward(*part) for part in parts), strict=True)
+        losses, penalties, grads = zip(*(super(Parts, self).forward(*part, lam) for part in parts), strict=True)
         grad = None if grads[0] is None else torch.cat(grads)
         return Penalised(torch.cat(losses), torch.cat(penalties), grad)
 
@@ -355,6 +355,7 @@ CASES = {  # options, network, updates
     "fd, batch norm": ({"method": "fd"}, small, 4),
     "exact": ({"method": "exact"}, plain, 4),
     "exact, batch norm": ({"method": "exact"}, small, 4),
+    "ascent, linf, a share, batch norm": ({"method": "ascent", "norm": "linf", "penalty_share": 0.5}, small, 4),
     "fd, a share, batch norm": ({"penalty_share": 0.5, "unsquared": True}, small, 4),
     "noise": ({"method": "noise"}, plain, 4),
     "at": ({"method": "at"}, plain, 4),

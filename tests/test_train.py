@@ -548,6 +548,7 @@ def test_an_option_that_a_method_does_not_have_is_refused_and_no_other():
     meant = {
         "fd": {"h", "amp", *every},
         "exact": every,
+        "ascent": {"h", "amp", *every},
         "none": {"amp"},
         "noise": {"sigma", "amp"},
         "at": {"eps", "attack_steps", "amp"},
@@ -781,7 +782,7 @@ def test_a_batch_that_follows_the_images_is_shared_by_processes():
     assert train.resolve(given, images, SimpleNamespace(size=1)).lr == 0.1
 
 
-@pytest.mark.parametrize("method", ["fd", "exact"])
+@pytest.mark.parametrize("method", ["fd", "exact", "ascent"])
 def test_the_unsquared_penalty_is_the_slope_and_is_named(monkeypatch, tmp_path, method):
     seen = spied(monkeypatch)
     small = [*SMALL, "--epochs", 1, "--method", method, "--lam", 0.5, "--runs", tmp_path]
