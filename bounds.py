@@ -14,9 +14,8 @@ estimate them, from the most faithful to the most useful:
     estimate_by_ascent       gradient ascent towards the worst v: a supremum seen from below, but of the right size.
     estimate_by_calibration  the smallest t eps^q whose bounds are false for a share alpha of images at most.
 
-None certifies an image: hold every bound against distances that attacks found (`violations`).  The only certificate
-here, `certify_smoothing`, is one of the smoothed classifier.  Estimate on held-out images: on training images
-everything looks smaller.  Labels may be the model's own predictions: bounds are then on the distance to another one.
+None certifies an image: on held-out images, hold every bound against distances that attacks found (`violations`).  The
+only certificate here, `certify_smoothing`, is the smoothed classifier's.  Labels may be the model's own predictions.
 
 Two losses.  "probabilities" is the paper's, in [-1, 1]; its gradient vanishes where the softmax saturates, and bounds
 refuse it when more than 1 % of the gradients are exactly zero.  "logits" is the same difference before the softmax: as

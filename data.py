@@ -5,8 +5,8 @@
     imagenet, FOLDER   a folder of images: train/<class>/* in it, and test/<class>/* or val/<class>/*
 
 Small images of one size live in memory as uint8 and are augmented a batch at a time; others are decoded by threads.
-The order of an epoch depends on (seed, epoch) alone, and the augmentation of an image on (seed, epoch, its index)
-alone.  So a run can resume within an epoch, and processes can share a batch, without saving or sending random states.
+The order of an epoch depends on (seed, epoch) alone, an image's augmentation on (seed, epoch, its index) alone: a run
+resumes within an epoch, and processes share a batch, without saving or sending random states.
 """
 
 import os

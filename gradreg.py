@@ -173,25 +173,28 @@ def exact_penalty(loss_fn: LossFn, x: Tensor, *, norm: Norm, squared: bool = Tru
 
 
 def ascent_penalty(
-    loss_fn: LossFn, x: Tensor, *, norm: Norm, lam: float, h: float = math.inf, squared: bool = True
+    loss_fn: LossFn, x: Tensor, *, norm: Norm, lam: float, h: float = math.inf, squared: bool = True, first: int = 0
 ) -> Penalised:
     """Its objective(lam) has the value of (8), and as its gradient that of (7), of which (8) is the upper bound:
 
     max_v l(x_i + v) - ||v||^2 / (2 lam)    by the step from 0 that maximises its linear part: v = min(lam <g, d>, h) d
 
-    Danskin's theorem: v is held where it is.  For h = inf both gradients agree to first order in lam; h keeps steps
-    short where the loss is far from linear, as in the first epochs.  squared=False is (5) with delta = lam/2: steps of
-    one length, the fast gradient sign method; by more steps it is Sinha, Namkoong and Duchi (2018).  In linf lam is
-    divided by n, as everywhere here.  No digits cancel: loss_fn may compute in bfloat16.  A training step costs 5
-    forward passes' worth.
+    Danskin's theorem: v is held where it is.  For h = inf both gradients agree to first order in lam (in linf over n,
+    as everywhere here); h keeps v short where the loss is far from linear, as in the first epochs.  squared=False is
+    (5) with delta = lam/2: the fast gradient sign method; by more steps it is Sinha, Namkoong and Duchi (2018).  No
+    digits cancel: loss_fn may compute in bfloat16.  A training step costs 5 forward passes' worth.  Of n images `first`
+    may be moved alone, by n / first times lam: 3 + 2 first / n.  loss_fn then sees those alone, too.
     """
-    loss_fn = _same_draw(loss_fn, x)
-    losses, grad = input_gradient(loss_fn, x)
-    d = direction(grad, norm)
+    loss_fn, m = _same_draw(loss_fn, x), first or len(x)
+    losses, grad = input_gradient(loss_fn, x[:m])
+    d, scale = direction(grad, norm), len(x) / m
     slopes = (grad * d).flatten(1).sum(1)
-    reach = (lam * slopes if squared else torch.full_like(slopes, lam / 2)).clamp_max(h)
-    ahead = _per_image(loss_fn(x.detach() + column(reach, x) * d), x)
-    return Penalised(ahead - (ahead.detach() - losses), slopes.square() if squared else slopes, grad)
+    reach = (scale * lam * (slopes if squared else torch.full_like(slopes, 0.5))).clamp_max(h)
+    ahead = _per_image(loss_fn(torch.cat([x[:m] + column(reach, x) * d, x[m:]]).detach()), x)
+    penalties = ahead.new_zeros(len(x)).detach()
+    penalties[:m] = scale * (slopes.square() if squared else slopes)
+    behind = torch.cat([losses, ahead[m:].detach()])
+    return Penalised(ahead - (ahead.detach() - behind), penalties, grad)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

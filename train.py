@@ -212,17 +212,19 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, lam: float = 1.0) -> Penalised:
         n, share = len(images), self.options.penalty_share if self.options.method in PENALISED else 0
         m = math.ceil(n * share)  # the order of an epoch is random: the first images of a batch are a random part of it
-        part = self.part(images[:m], labels[:m], self.options.method, lam * n / m) if m else None
+        if self.options.method == "ascent":  # in one batch, or batch normalization would tell which images are moved
+            return self.part(images, labels, "ascent", lam=lam, first=m)
+        part = self.part(images[:m], labels[:m], self.options.method) if m else None
         rest = self.part(images[m:], labels[m:], "none") if m < n else None
         return gradreg.joined(part, rest.losses) if part and rest else part or rest
 
-    def part(self, images: Tensor, labels: Tensor, method: str, lam: float = 0.0) -> Penalised:
+    def part(self, images: Tensor, labels: Tensor, method: str, **ascent: float) -> Penalised:
         options = self.options
 
         def loss_fn(z: Tensor, rounded: bool = False) -> Tensor:
             with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
                 logits = self.network(z)
-            return cross_entropy(logits.float() if rounded else logits, labels)
+            return cross_entropy(logits.float() if rounded else logits, labels[: len(z)])
 
         how = {"norm": options.norm, "squared": not options.unsquared}
         scout = partial(loss_fn, rounded=True) if options.amp else None
@@ -231,7 +233,7 @@ class Objective(nn.Module):
         if method == "exact":
             return gradreg.exact_penalty(loss_fn, images, **how)
         if method == "ascent":
-            return gradreg.ascent_penalty(scout or loss_fn, images, lam=lam, h=options.h, **how)
+            return gradreg.ascent_penalty(scout or loss_fn, images, h=options.h, **ascent, **how)
         losses = (scout or loss_fn)(images)
         return Penalised(losses, torch.zeros_like(losses), None)
 
@@ -259,8 +261,8 @@ class Trainer:
         for module in self.network.modules():
             if self.options.statistics == "running" and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # it uses its running statistics, and keeps them
-        how = {"momentum": 0.9, "nesterov": self.options.nesterov}
-        self.optimizer = torch.optim.SGD(decayed(self.network, self.options), lr=0.0, **how)
+        groups = decayed(self.network, self.options)
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=self.options.nesterov)
         workers = min(8, max(1, (os.cpu_count() or 1) // world.size))  # threads that decode large images
         self.share = {"rank": world.rank, "processes": world.size, "device": world.device, "workers": workers}
         self.share |= {"problems": self.watch.unreadable, "stop": lambda: bool(self.stop.signal)}
@@ -685,8 +687,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     if not images.small and (tuned or given["dataset"] != "imagenet"):
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
-    own: dict[str, Any] = {"norm": "linf" if method in {"at", "free"} else "l2"}
-    own |= {"h": 0.5} if method == "ascent" else {}
+    own = {"norm": "linf" if method in {"at", "free"} else "l2", "h": 0.5 if method == "ascent" else recipe.h}
     own["amp"] = recipe.amp and method not in {"fd", "exact"}  # where it saves nothing on a CPU, and costs digits
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:
@@ -794,8 +795,7 @@ def introduce(trainer: Trainer) -> None:
     how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
     weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
     sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
-    units = PENALISED | {"at": 2 * options.attack_steps}
-    cost = 1 + options.penalty_share * units.get(options.method, 0) / 3
+    cost = 1 + options.penalty_share * (PENALISED | {"at": 2 * options.attack_steps}).get(options.method, 0) / 3
     trainer.world.console.print(
         f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
         f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"
@@ -808,14 +808,14 @@ def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World,
     """Train a new run to its end, or go on with one that the same command began; in grey if the network needs that."""
     try:
         config = describe(resolve(given, images, world), images, world)
-    except models.Unusable:
+    except models.Unusable as unusable:
         if images.channels == 1 or not models.is_file(given.get("model", "")):
             raise
-        config, images = None, load_images(given, channels=1)
-        with contextlib.suppress(models.Unusable):
+        images = load_images(given, channels=1)
+        try:
             config = describe(resolve(given, images, world), images, world)
-        if not config:
-            raise
+        except models.Unusable:
+            raise unusable from None
     path = world.same(claim(root, name, config, world) if world.main else None)
     return work(path, {key: given[key] for key in MAY_CHANGE & given.keys()}, world, images)
 

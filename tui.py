@@ -6,9 +6,8 @@
     python tui.py runs/latest --once    one plain-text snapshot; --json: the same for scripts
 
 It only reads, tolerantly, and all it knows is the run directory (docs/run-directory.md).  Curves are drawn from every
-record: a band from the least to the greatest value of each column of dots, exact, and their mean over it; no spike is
-lost at any zoom or length.  A crash is never guessed from silence: STALLED is no record for longer than the run's own
-rhythm, the rest is what the run itself says.
+record: a band from the least to the greatest value of each column of dots, and their mean over it.  A crash is never
+guessed from silence: STALLED is no record for longer than the run's own rhythm, the rest is what the run itself says.
 
 One way: files -> whole lines (Tail) -> columns (Table, Log) -> a Run -> facts, and bins -> lines of text -> the
 terminal.  Facts, bins and lines are functions of runs, view, size and time; styles are those of Textual's themes.

@@ -52,7 +52,7 @@ class Direct(train.Objective):
         super().__init__(network, **options)
         self.function = function
 
-    def part(self, images: Tensor, labels: Tensor, method: str, lam: float = 0.0) -> gradreg.Penalised:
+    def part(self, images: Tensor, labels: Tensor, method: str) -> gradreg.Penalised:
         def loss_fn(x: Tensor) -> Tensor:
             return gradreg.cross_entropy(self.network(x), labels)
 

@@ -368,6 +368,19 @@ def test_no_step_of_that_cost_raises_the_linear_loss_further(seed, norm, lam):
     assert (gained <= lam / 2 * out.penalties * (1 + 1e-12)).all()
 
 
+@given(seeds, norms, st.integers(1, 3))
+def test_of_a_part_the_first_images_are_moved_the_further_and_the_others_stay(seed, norm, first):
+    network, loss_fn, x = smooth_case(seed)
+    some = lambda z: gradreg.cross_entropy(network(z), (torch.arange(4) % 3)[: len(z)])  # noqa: E731
+    out = ascent_penalty(some, x, norm=norm, lam=0.3, first=first)
+    whole = ascent_penalty(loss_fn, x, norm=norm, lam=0.3 * 4 / first)
+    truth = gradient_of(torch.cat([whole.losses[:first], loss_fn(x)[first:]]).mean(), network)
+    torch.testing.assert_close(gradient_of(out.objective(0.3), network), truth)
+    torch.testing.assert_close(out.losses, loss_fn(x))
+    exact = exact_penalty(loss_fn, x, norm=norm).penalties
+    torch.testing.assert_close(out.penalties, torch.cat([exact[:first] * 4 / first, torch.zeros(4 - first).double()]))
+
+
 @given(seeds, norms)
 def test_one_step_up_and_the_penalty_agree_to_first_order_in_lam(seed, norm):
     """The penalty's weight gradient, from both objectives: what they differ by falls with lam."""
