@@ -136,6 +136,7 @@ def main(
     shared = {key: value for key, value in shared.items() if value is not None}
     shared |= {"recipe": "fast"} if dataset == "cifar10" else {}
     world, loaded = runs.World("cpu" if not torch.cuda.is_available() else None), None
+    train.PROBE_IMAGES = 20  # which are looked at after each epoch, and in no table here
     for seed in range(seeds):
         for name, how in SAVINGS.items():
             if (name, seed) in done or (only and name not in only):
