@@ -71,9 +71,6 @@ Arrays = dict[str, np.ndarray]
 Bounds = tuple[Tensor, Tensor, bounds.Estimate]  # L and omega of Prop. 2.2 (N,), and the constants they follow from
 
 
-# --- what is evaluated ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Settings:
     """Measure how robust networks are: the paper's tables and figures, and a masking audit."""

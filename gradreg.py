@@ -23,7 +23,7 @@ the network's own, Python's or numpy's: there the quotient is noise over h.  Whi
 
 Batch normalization.  In training mode the images of a batch interact, and g_i is the gradient of the *sum* of the
 batch's losses with respect to image i, as in the authors' code.  Every pass uses its own batch statistics and updates
-the running ones: twice a step, three times for central differences, once for `exact`.
+the running ones: twice a step, or once for `exact`.
 
 From `column` on it is the geometry that attacks, bounds and training share: balls of a norm, and the box [0, 1].  Left
 out: the Mahalanobis penalty of Roth et al. (2018), and penalties of the logits' Jacobian.
@@ -135,15 +135,13 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
 
 
 def fd_penalty(
-    loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, central: bool = False, squared: bool = True,
-    scout: LossFn | None = None,
-) -> Penalised:  # fmt: skip
+    loss_fn: LossFn, x: Tensor, *, norm: Norm, h: float, squared: bool = True, scout: LossFn | None = None
+) -> Penalised:
     """Algorithm 1: the penalty without double backpropagation; slopes exceed the exact ones by omega(h)/h at most (6).
 
     penalties_i = ((l(x_i + h d_i) - l(x_i)) / h)^2                                        # eq. (9)
 
-    central=True squares (l(x_i + h d_i) - l(x_i - h d_i)) / (2h) instead, with error O(h^2) where the loss is smooth,
-    for a third forward pass.  squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with delta = lam/2
+    squared=False gives the absolute slope: l + delta ||g||_* of Section 3 with delta = lam/2
     (in linf lam / (2 sqrt(n))).  h, positive and finite, is in units of x, usually pixels in [0, 1] (the paper: 0.01).
     Digits cancel: keep h above 1e-3 in float32, and TF32 and bfloat16 out of the loss unless h is 0.1 or more.  scout:
     the loss in cheaper arithmetic, say bfloat16, for the direction alone; off by an angle t it loses 1 - cos t of the
@@ -156,8 +154,7 @@ def fd_penalty(
     losses = _per_image(loss_fn(x.detach()), x) if scout else losses
     step = h * direction(grad, norm)  # built from a detached gradient: line "detach d" of Algorithm 1
     ahead = _per_image(loss_fn(x.detach() + step), x)
-    behind, width = (_per_image(loss_fn(x.detach() - step), x), 2 * h) if central else (losses, h)
-    slopes = (ahead - behind) / width
+    slopes = (ahead - losses) / h
     return Penalised(losses, slopes.square() if squared else slopes.abs(), grad)
 
 

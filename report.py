@@ -130,8 +130,6 @@ def as_csv(columns: Iterable[str], rows: list[Row]) -> bytes:
     return buffer.getvalue().encode()
 
 
-# --- the paper's rows -------------------------------------------------------------------------------------
-
 # What all rows of the paper have in common, and those on a data set; a run that differs in it is not set beside them.
 COMMON = {"activation": "relu", "central": False, "unsquared": False, "recipe": "paper", "statistics": "batch"}
 COMMON |= {"lam_warmup": 0.0, "penalty_share": 1.0, "penalty_from": 0.0, "subset": None, "init": None, "size": None}

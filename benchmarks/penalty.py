@@ -30,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gradreg
 import models
 import runs
 import train
@@ -38,25 +37,10 @@ import train
 METHODS = {
     "plain": {"method": "none"},
     "fd": {"method": "fd"},
-    "fd, central": {"method": "fd", "function": "central"},
     "exact (double backpropagation)": {"method": "exact"},
     "ascent": {"method": "ascent"},
 }
 WAYS = ("float32", "tf32", "bfloat16", "channels_last")
-
-
-class Direct(train.Objective):
-    """The objective with a penalty that train.py does not offer: central differences."""
-
-    def __init__(self, network: nn.Module, *, function: str, **options: Any):
-        super().__init__(network, **options)
-        self.function = function
-
-    def part(self, images: Tensor, labels: Tensor, method: str) -> gradreg.Penalised:
-        def loss_fn(x: Tensor) -> Tensor:
-            return gradreg.cross_entropy(self.network(x), labels)
-
-        return gradreg.fd_penalty(loss_fn, images, norm=self.options.norm, h=self.options.h, central=True)
 
 
 class CountProducts(TorchDispatchMode):
@@ -138,11 +122,6 @@ class Prepared(NamedTuple):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def objective_of(network: nn.Module, **options: Any) -> train.Objective:
-    """For options of train.py, and perhaps the function of gradreg.py that takes the place of its own."""
-    return (Direct if "function" in options else train.Objective)(network, **options)
-
-
 def prepared(network: nn.Module, images: Tensor, labels: Tensor, way: list[str], **options: Any) -> Prepared | None:
     """None where train.py refuses the method in this way."""
     if "bfloat16" in way:
@@ -151,23 +130,21 @@ def prepared(network: nn.Module, images: Tensor, labels: Tensor, way: list[str],
         train.check_given(options)
     except runs.Failure:
         return None
-    if "amp" in options and "function" in options:
-        return None
     layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
-    objective = objective_of(copy.deepcopy(network).to(memory_format=layout), **options)
+    objective = train.Objective(copy.deepcopy(network).to(memory_format=layout), **options)
     return Prepared(objective, way, images.contiguous(memory_format=layout), labels)
 
 
 def penalty_and_gradient(case: Prepared) -> tuple[float, Tensor]:
-    """The mean penalty of a batch, and its gradient with respect to the weights, in float64."""
+    """The mean penalty of a batch, and the gradient of (8) for lambda 1 with respect to the weights, in float64."""
     with case.precision():
-        penalty = case.objective(case.images, case.labels).penalties.mean()
-        found = torch.autograd.grad(penalty, list(case.objective.network.parameters()), allow_unused=True)
-    return penalty.item(), torch.cat([grad.double().flatten() for grad in found if grad is not None])
+        out = case.objective(case.images, case.labels)
+        found = torch.autograd.grad(out.objective(1.0), list(case.objective.network.parameters()), allow_unused=True)
+    return out.penalties.mean().item(), torch.cat([grad.double().flatten() for grad in found if grad is not None])
 
 
 def accuracy(case: Prepared, exact: tuple[float, Tensor]) -> str:
-    """Distance of the penalty and its weight gradient from the same in float64."""
+    """Distance of the penalty and of the weight gradient from the same in float64."""
     penalty, grad = penalty_and_gradient(case)
     off = 100 * abs(penalty - exact[0]) / exact[0]
     return f"   penalty off by {off:.3g} %, cosine {torch.cosine_similarity(grad, exact[1], dim=0).item():.4f}"

@@ -47,7 +47,7 @@ def smooth_case(device):
 
 
 PENALTIES = {
-    "fd": lambda loss_fn, x, norm: gradreg.fd_penalty(loss_fn, x, norm=norm, h=1e-5, central=True),
+    "fd": lambda loss_fn, x, norm: gradreg.fd_penalty(loss_fn, x, norm=norm, h=1e-5),
     "exact": lambda loss_fn, x, norm: gradreg.exact_penalty(loss_fn, x, norm=norm),
 }
 
