@@ -139,7 +139,8 @@ def penalty_and_gradient(case: Prepared) -> tuple[float, Tensor]:
     """The mean penalty of a batch, and the gradient of (8) for lambda 1 with respect to the weights, in float64."""
     with case.precision():
         out = case.objective(case.images, case.labels)
-        found = torch.autograd.grad(out.objective(1.0), list(case.objective.network.parameters()), allow_unused=True)
+        weights = [weight for weight in case.objective.network.parameters() if weight.requires_grad]
+        found = torch.autograd.grad(out.objective(1.0), weights, allow_unused=True)
     return out.penalties.mean().item(), torch.cat([grad.double().flatten() for grad in found if grad is not None])
 
 
