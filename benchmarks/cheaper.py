@@ -76,17 +76,20 @@ def table_of(rows: list[dict[str, Any]], about: str) -> list[str]:
     """Lines of Markdown: means over the seeds, and differences from Algorithm 1 with their 95 % t-intervals."""
     quantities = [key for key in rows[0]["found"] if key != "seconds"]
     titles = [f"{key}, % error" if key != "distance" else "mean distance" for key in quantities]
-    lines = [about, "", "| penalty on | plain steps | " + " | ".join(titles) + " |", "|---" * (2 + len(titles)) + "|"]
+    head = ["training", "plain steps", "seeds", *titles]
+    lines = [about, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     by_name = {name: {r["seed"]: r["found"] for r in rows if r["name"] == name and r["found"]} for name in SAVINGS}
     lost = [f"{r['name']}, seed {r['seed']}" for r in rows if r["name"] in SAVINGS and not r["found"]]
     for name, found in by_name.items():
-        cells = []
+        if not found:
+            continue
+        cells = [str(len(found))]
         for key in quantities:
-            mean = np.mean([f[key] for f in found.values()]) if found else np.nan
+            mean = np.mean([f[key] for f in found.values()])
             cell = f"{mean:.3f}" if key == "distance" else f"{mean:.1f}"
             shared = sorted(found.keys() & by_name[WHOLE].keys())
             differences = np.array([found[seed][key] - by_name[WHOLE][seed][key] for seed in shared])
-            if name != WHOLE and len(shared) > 1:
+            if name != WHOLE and len(shared) > 2:
                 half = stats.t.ppf(0.975, len(shared) - 1) * differences.std(ddof=1) / len(shared) ** 0.5
                 digits = 3 if key == "distance" else 1
                 low, high = differences.mean() - half, differences.mean() + half
@@ -162,7 +165,7 @@ def main(
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(name, seed, {key: round(value, 3) for key, value in found.items()}, flush=True)
-    about = f"{dataset}: {seeds} seeds, {images} images attacked, {budget} calls an image, torch {torch.__version__}"
+    about = f"{dataset}: {images} images attacked, {budget} calls an image, torch {torch.__version__}"
     text = "\n".join(table_of(rows, about))
     (out / f"cheaper-{dataset}.md").write_text(text + "\n")
     draw(rows, out / f"cheaper-{dataset}.png", about)
