@@ -45,6 +45,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
 }
 WHOLE = "everything (Algorithm 1)"
 DIVERGED = 3  # train.py's exit code
+COLOURS = ["0.3", *(f"C{i}" for i in range(10))]
 
 
 def cost(how: dict[str, Any]) -> float:
@@ -109,8 +110,8 @@ def draw(rows: list[dict[str, Any]], file: Path, about: str) -> None:
         for i, (name, how) in enumerate(SAVINGS.items()):
             values = [row["found"][key] for row in rows if row["name"] == name and row["found"]]
             if values:
-                axes.scatter([cost(how)] * len(values), values, s=9, color=f"C{i}", alpha=0.5)
-                axes.scatter(cost(how), np.mean(values), s=60, color=f"C{i}", label=name)
+                axes.scatter([cost(how)] * len(values), values, s=9, color=COLOURS[i], alpha=0.5)
+                axes.scatter(cost(how), np.mean(values), s=60, color=COLOURS[i], label=name)
         axes.set_xlabel("cost of the training, in plain steps")
         axes.set_ylabel(f"% error under PGD, {key}" if key != "distance" else "mean distance, pixels of range 0 to 1")
         axes.grid(alpha=0.3)
