@@ -212,7 +212,7 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, lam: float = 1.0) -> Penalised:
         n, share = len(images), self.options.penalty_share if self.options.method in PENALISED else 0
         m = math.ceil(n * share)  # the order of an epoch is random: the first images of a batch are a random part of it
-        if self.options.method == "ascent":  # in one batch, or batch normalization would tell which images are moved
+        if self.options.method == "ascent":  # moved images and others are normalized together
             return self.part(images, labels, "ascent", lam=lam, first=m)
         part = self.part(images[:m], labels[:m], self.options.method) if m else None
         rest = self.part(images[m:], labels[m:], "none") if m < n else None
