@@ -177,10 +177,10 @@ def ascent_penalty(
     max_v l(x_i + v) - ||v||^2 / (2 lam)    by the step from 0 that maximises its linear part: v = min(lam <g, d>, h) d
 
     Danskin's theorem: v is held where it is.  For h = inf both gradients agree to first order in lam (in linf over n,
-    as everywhere here); h keeps v short where the loss is far from linear, as in the first epochs.  squared=False is
-    (5) with delta = lam/2: the fast gradient sign method; by more steps it is Sinha, Namkoong and Duchi (2018).  No
-    digits cancel: loss_fn may compute in bfloat16.  A training step costs 5 forward passes' worth.  Of n images `first`
-    may be moved alone, by n / first times lam: 3 + 2 first / n.  loss_fn then sees those alone, too.
+    as everywhere here); h keeps v short where the loss is far from linear, as in the first epochs.  squared=False has
+    the hard constraint ||v|| <= lam/2: in linf the fast gradient sign method.  By more steps it is Sinha, Namkoong and
+    Duchi (2018).  No digits cancel: loss_fn may compute in bfloat16.  A training step costs 5 forward passes' worth.
+    `first` of n images may be moved alone, by n / first times lam: 3 + 2 first / n; random layers then draw anew.
     """
     loss_fn, m = _same_draw(loss_fn, x), first or len(x)
     losses, grad = input_gradient(loss_fn, x[:m])

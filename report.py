@@ -208,7 +208,7 @@ def figures_of(target: Target, norm: str, method: str | None) -> Row:
     shares = {name: 100 * names.count(name) / len(names) for name in (*attacks.SUITE, "none")}
     row["found_by_%"] = ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)
     row |= {"median_distance": float(np.median(distances)), "calls_an_image": float(found["calls"].sum() / len(names))}
-    row["h"] = options["h"] if options.get("method") == "fd" else None
+    row["h"] = options["h"] if options.get("method") in {"fd", "ascent"} else None
     for kind, bound in zip(("L", "omega"), measured.bounds.get(method, ()), strict=False):
         known = bounds.violations(bound, torch.from_numpy(distances))
         claims = mean(f"mean_distance_{kind}_bound", bound)

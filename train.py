@@ -202,7 +202,7 @@ class Objective(nn.Module):
     """images, labels -> the losses and penalties of eq. (8).
 
     All passes in one module: DistributedDataParallel sees one forward and one backward a step, and averages gradients
-    of eq. (8).  amp: bfloat16 where no digits cancel, in the penalty's direction, or in all if there is no penalty.
+    of eq. (8).  amp: bfloat16 where no digits cancel: in the direction of `fd`, in all of what has no difference.
     """
 
     def __init__(self, network: nn.Module, options: Options | None = None, **changed: Any):

@@ -6,8 +6,8 @@ adversarial training at the same cost?  Rodríguez-Muñoz, Wang and Torralba (EC
 
 Every network gets the same number of operations, counted in units of a forward pass (a plain step has 3, see
 docs/training.md), by its number of epochs: 40 of Algorithm 1.  One weight a penalty and one radius for adversarial
-training: of those tried on seed 0 (results/activations.md) the most robust that every activation bears.  Killed and
-started again it goes on where it was.  It ends with a table in Markdown.
+training, the larger of those that were tried on seed 0 (results/activations.md).  Killed and started again it goes on
+where it was.  It ends with a table in Markdown.
 """
 
 import contextlib

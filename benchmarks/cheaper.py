@@ -8,8 +8,8 @@ under PGD (40 steps) and the mean distance of the nearest adversarial image foun
 network is a line of OUT/cheaper-DATASET.jsonl: killed and started again it goes on where it was; --only names savings
 to go on with, for more seeds of those that matter.  Costs are counted, in plain steps of the whole training (a
 penalised one: 7/3, which tests/test_cost.py holds); seconds are this machine's, and noisy.  The table
-has means over the seeds and, for each saving, the difference from the penalty on everything, with a 95 % t-interval
-over the seeds; the picture has every network.
+has means over the seeds and, from three seeds on, the difference from the penalty on everything, with a 95 % t-interval
+over them; the picture has every network.
 """
 
 import json
@@ -136,6 +136,8 @@ def main(
     log = out / f"cheaper-{dataset}.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(row["name"], row["seed"]) for row in rows}
+    if unknown := {*(only or [])} - SAVINGS.keys():
+        raise typer.BadParameter(f"--only {min(unknown)}: choose from {'; '.join(SAVINGS)}")
     shared = {"dataset": dataset, "data_dir": data_dir, "model": model, "epochs": epochs, "lam": lam}
     shared = {key: value for key, value in shared.items() if value is not None}
     shared |= {"recipe": "fast"} if dataset == "cifar10" else {}
@@ -150,6 +152,8 @@ def main(
                 given.pop("lam", None)
             if "length" in given:
                 full = epochs or train.RECIPES["digits" if dataset == "digits" else "cifar10-fast"].epochs
+                if given["length"] * full % 1:
+                    continue  # there is no such number of epochs
                 given["epochs"] = int(given.pop("length") * full)
             loaded = loaded or data.load(dataset, data_dir)
             called = "-".join([dataset, *(f"{key}{value}" for key, value in how.items()), f"seed{seed}"])

@@ -800,6 +800,27 @@ def test_the_unsquared_penalty_is_the_slope_and_is_named(monkeypatch, tmp_path, 
         assert first[1]["fd_error_pct"] == pytest.approx(first[0]["fd_error_pct"], rel=1e-3)
 
 
+def test_a_step_up_is_of_the_weight_the_length_and_the_precision_that_the_run_says(monkeypatch, tmp_path):
+    """Its logged values do not depend on where it leads: what it is given is looked at."""
+    seen, real = [], train.gradreg.ascent_penalty
+
+    def spy(loss_fn, x, **how):
+        rounded = getattr(loss_fn, "keywords", {}).get("rounded", False)
+        seen.append((how["lam"], how["h"], how["first"], len(x), rounded))
+        return real(loss_fn, x, **how)
+
+    monkeypatch.setattr(train.gradreg, "ascent_penalty", spy)
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    small = [*SMALL, "--method", "ascent", "--lam", 0.5, "--epochs", 2, "--runs", tmp_path]
+    assert command(monkeypatch, *small, "--name", "first") == 0
+    assert {*seen} == {(0.5, 0.5, 10, 10, False)}
+    seen.clear()
+    how = ["--init", tmp_path / "first", "--amp", "--h", 0.3, "--penalty-share", 0.25, "--name", "tuned"]
+    assert command(monkeypatch, *small, *how) == 0
+    assert [how[0] for how in seen] == pytest.approx([0.5 * min(1, step / 20) for step in range(40)])
+    assert {how[1:] for how in seen} == {(0.3, 3, 10, True)}
+
+
 def test_a_warm_up_of_lambda_is_what_is_added_to_the_loss(monkeypatch, tmp_path):
     seen, real = [], train.Watch.add
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
