@@ -1,15 +1,15 @@
 """Robust for less than a penalty on every image of every step: what each saving costs, paired on seeds and images.
 
-    python benchmarks/cheaper.py digits --seeds 4                       about 25 minutes on one CPU core
+    python benchmarks/cheaper.py digits --seeds 5                       about an hour on one CPU core
     python benchmarks/cheaper.py cifar10 --data-dir DIR --model resnet9-narrow --epochs 6 --lam 1 --seeds 3     hours
 
 Trains one network for each saving and seed (`train.py`'s options, printed below), and measures its error, its error
 under PGD (40 steps) and the mean distance of the nearest adversarial image found (`attacks.smallest`).  Each finished
 network is a line of OUT/cheaper-DATASET.jsonl: killed and started again it goes on where it was; --only names savings
 to go on with, for more seeds of those that matter.  Costs are counted, in plain steps of the whole training (a
-penalised one: 7/3, which tests/test_cost.py holds); seconds are this machine's, and noisy.  The table
-has means over the seeds and, from three seeds on, the difference from the penalty on everything, with a 95 % t-interval
-over them; the picture has every network.
+penalised one: 7/3, which tests/test_cost.py holds); seconds are this machine's, and noisy.  The table has means over
+the seeds and, from three on, the difference from the penalty on everything, with a 95 % t-interval over them; the
+picture has every network.
 """
 
 import json
