@@ -238,7 +238,7 @@ def open_targets(settings: Settings) -> list[Target]:
     """The targets, each once, with names that tell them apart.  Raises Failure."""
     places, targets = {Path(spec).resolve(): (spec, resolve(Path(spec))) for spec in settings.targets}, []
     for spec, path in places.values():
-        targets.append(open_run(path, settings) if path.is_dir() else open_factory(spec, settings))
+        targets.append(open_run(path, settings) if (path / "checkpoint.pt").exists() else open_factory(spec, settings))
         alike = sum(target.name.partition("#")[0] == targets[-1].name for target in targets)
         targets[-1].name += f"#{alike}" * (alike > 1)
     sizes = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'held in memory')}" for t in targets]

@@ -383,7 +383,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file, any
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or f"damaged: {type(error).__name__}"
         raise Unusable(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or not {"config", "model", "step"} <= state.keys():
         raise Unusable(f"{path}: not a checkpoint of this project (no config, model and step in it)")

@@ -651,8 +651,8 @@ def check_given(given: dict[str, Any]) -> None:
         if value is not None and of and method not in of:
             raise Failure(f"{name} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
-            most = LIMITS.get(f.name, math.inf if isinstance(value, float) else 10**9)
-            if not 0 <= value < math.inf or not (value or zero):
+            most = LIMITS.get(f.name, 10**9)
+            if not value >= 0 or not (value or zero):
                 raise Failure(f"{name} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
                 raise Failure(f"{name} must be at most {most}, not {value}", 2)

@@ -1,18 +1,20 @@
-"""Tables 1 and 2 of the paper on one data set: every row trained, evaluated, and its order set beside the paper's.
+"""The paper's tables on one data set: every row trained and evaluated, and set beside the paper's.
 
     python benchmarks/tables.py digits --images 150 --audit-images 10       about an hour on two CPU cores
     python benchmarks/tables.py cifar10 --data-dir DIR --seeds 1            wants a GPU
-    python benchmarks/tables.py cifar10 --data-dir DIR --seeds 1 --fast --model resnet9-narrow --epochs 12       hours
+    python benchmarks/tables.py cifar10 --data-dir DIR --seeds 1 --fast --model resnet9-narrow --epochs 6 \\
+        --images 500 --budget 100 --table 1 --table 2 --table 3 --table 4 --table 5 --table 6                hours
 
-Runs `train.py` and then `evaluate.py` once for each row and seed (13 networks a seed), with names that are fixed:
-killed and started again it goes on where it was, and a row whose evaluation is there is not trained again.  --only
-names rows to go on with; the others are left out of the table until they are there.  It ends with a Markdown table of
-means over the seeds (lowest to highest seed in brackets), and Spearman's rank correlation of each column with the
-paper's.
+Runs `train.py` and then `evaluate.py` once for each row and seed (13 networks a seed for Tables 1, 2, 3 and 6; four
+steps h more for Table 4, and for Table 5 one that is trained on noise), with names that are fixed: killed and started
+again it goes on where it was, and a row whose evaluation is there is not trained again.  --only names rows to go on
+with; the others are left out of the tables until they are there.  It ends with Markdown tables of means over the seeds
+(lowest to highest seed in brackets), a slash, and the paper's figure; and Spearman's rank correlation of each column
+with the paper's.
 On digits, whose images have 64 pixels, adversarial training uses eps 0.03 and 0.1 in the place of 2/255 and 8/255, and
-errors at 8/255 and 32/255 stand where the paper has 2/255 and 8/255; the finite difference step is the recipe's 0.1.
-On CIFAR-10 the network is the authors', with their last layers, or with --fast that of the fast recipe.
-Bounds are the paper's, sampled, beside the paper's.
+errors at 8/255 and 32/255 stand where the paper has 2/255 and 8/255; the finite difference step is the recipe's 0.1,
+and there is no Table 4.  On CIFAR-10 the network is the authors', with their last layers, or with --fast that of the
+fast recipe.  Bounds and Table 3's regularity are the paper's, sampled, beside the paper's.
 """
 
 import csv
@@ -27,17 +29,16 @@ import typer
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 AUTHORS = ["--model", "resnext34-authors"]
+STEPS = {"0.0001": "1e-4", "0.001": "1e-3", "0.01": "1e-2", "1": "1"}  # of Table 4, beside Table 1's; the paper's names
+SIGMA = "0.25"  # of Table 5
 
 
 class Row(NamedTuple):
-    """name: of the run, without data set and seed; paper: what the paper calls it; tables: where it stands there."""
+    """name: of the run, without data set and seed; paper: what each of the paper's tables that has it calls it."""
 
     name: str
-    paper: str
-    tables: tuple[int, ...]
+    paper: dict[int, str]
     options: list[str]
 
 
@@ -50,26 +51,36 @@ class Column(NamedTuple):
 
 
 def rows_of(dataset: str, recipe: list[str] = AUTHORS) -> list[Row]:
-    """The rows of Tables 1 and 2: the l1 penalties are Table 1's, the l2 penalties Table 2's, the others in both.
+    """The rows of the paper's tables: the l1 penalties are Tables 1's and 4's, the l2 penalties Tables 2's, 3's, 6's.
 
     recipe: options of `train.py cifar10`.
     """
     small, large = ("0.03", "0.1") if dataset == "digits" else ("2/255", "8/255")
-    rows = [Row("none", "undefended", (1, 2), ["--method", "none"])]
+    rows = [Row("none", dict.fromkeys((1, 2, 3, 4, 5, 6), "undefended"), ["--method", "none"])]
     for eps, paper in ((small, "2/255"), (large, "8/255")):
-        name = f"at-linf-eps{eps.replace('/', '_')}"
-        rows.append(Row(name, f"linf 7-step AT eps={paper}", (1, 2), ["--method", "at", "--eps", eps]))
+        name, tables = f"at-linf-eps{eps.replace('/', '_')}", (1, 2, 3, 6)
+        rows.append(Row(name, dict.fromkeys(tables, f"linf 7-step AT eps={paper}"), ["--method", "at", "--eps", eps]))
     for m in ("2", "8"):
         options = ["--method", "free", "--replays", m, "--eps", large]
-        rows.append(Row(f"free-m{m}-eps{large.replace('/', '_')}", f"linf For Free AT m={m}", (1, 2), options))
-    for table, norm, kind in ((1, "linf", "squared l1"), (2, "l2", "squared l2")):
+        paper = dict.fromkeys((1, 2, 3), f"linf For Free AT m={m}")
+        rows.append(Row(f"free-m{m}-eps{large.replace('/', '_')}", paper, options))
+    for norm, kind in (("linf", "squared l1"), ("l2", "squared l2")):
         for method, how in (("exact", "DBP"), ("fd", "FD")):
             for lam in ("0.1", "1"):
                 large_step = (method, norm, lam) == ("fd", "linf", "1")  # Table 1 has h = 0.1 in this row only
                 step = ["--h", "0.1"] if large_step and dataset != "digits" else []
-                paper = f"{kind} ({how}) lambda={lam}" + " h=0.1" * large_step
+                tables = (1,) if norm == "linf" else (2, 3) if method == "exact" else (2, 3, 6)
+                paper = dict.fromkeys(tables, f"{kind} ({how}) lambda={lam}" + " h=0.1" * large_step)
+                if dataset != "digits" and (norm, lam) == ("linf", "1"):
+                    paper[4] = "finite difference h=0.1" if large_step else "double backpropagation"
+                if (method, norm, lam) == ("fd", "l2", "1"):
+                    paper[5] = paper[2]
                 options = ["--method", method, "--norm", norm, "--lam", lam, *step]
-                rows.append(Row(f"{method}-{norm}-lam{lam}", paper, (table,), options))
+                rows.append(Row(f"{method}-{norm}-lam{lam}", paper, options))
+    for h, shown in STEPS.items() if dataset != "digits" else ():
+        options = ["--method", "fd", "--norm", "linf", "--lam", "1", "--h", h]
+        rows.append(Row(f"fd-linf-lam1-h{h}", {4: f"finite difference h={shown}"}, options))
+    rows.append(Row("noise", {5: "Cohen et al. (2019)"}, ["--method", "noise", "--sigma", SIGMA]))
     recipe = [] if dataset == "digits" else recipe
     return [row._replace(options=[*row.options, *shortened(recipe, row)]) for row in rows]
 
@@ -86,6 +97,14 @@ def columns_of(dataset: str, table: int) -> list[Column]:
     if table == 2:
         kinds = {"L_bound": "L-bound", "omega_bound": "omega-bound", "empirical": "distance found"}
         return [clean, *(Column(f"mean {t}", f"mean_distance_{k}", f"mean_distance_{k}") for k, t in kinds.items())]
+    if table == 3:
+        norms = [Column(f"{k} gradient norm", f"grad_norm_{k}", f"grad_norm_{k}") for k in ("mean", "max")]
+        return norms + [Column(f"omega({r})", f"omega_{r}", f"omega_{r}") for r in ("0.5", "1.0")]
+    if table == 5:
+        return [Column(f"certified error % at l2 {r}", r, r) for r in ("0.25", "0.5", "0.75", "1.0")]
+    if table == 6:
+        radii = ("0.25", "0.5", "0.75", "1.0", "1.25", "1.5")
+        return [Column(f"error % by the omega-bound, l2 {r}", f"omega_error_pct_{r}", r) for r in radii]
     radii = (
         [("8_255", "2_255"), ("32_255", "8_255")] if dataset == "digits" else [("2_255", "2_255"), ("8_255", "8_255")]
     )
@@ -95,7 +114,7 @@ def columns_of(dataset: str, table: int) -> list[Column]:
         for k, title in kinds.items()
         for ours, paper in radii
     ]
-    return [clean, *found]
+    return [clean, *(found if table == 1 else found[2:])]
 
 
 def run(program: str, *arguments: str | Path) -> None:
@@ -112,12 +131,18 @@ def read(file: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     with open(file, newline="") as lines:
         for row in csv.DictReader(lines):
-            if row["bound"] == "sampled":
+            estimate = row.get("bound", row.get("estimate"))
+            if estimate == "sampled" or (estimate is None and not row["model"].startswith("paper")):
                 found[row["model"]] = row
             elif not row["model"].startswith("paper"):
                 bare = {name: value for name, value in row.items() if "omega" not in name and "L_bound" not in name}
                 found.setdefault(row["model"], bare)
     return found
+
+
+def file_of(folder: Path, table: int) -> Path:
+    """Where an evaluation keeps what a table wants: Table 4's errors stand in Table 1 too, where h is the same."""
+    return folder / f"table{1 if table == 4 else table}.csv"
 
 
 def papers(table: int) -> dict[str, dict[str, float]]:
@@ -133,31 +158,32 @@ def papers(table: int) -> dict[str, dict[str, float]]:
 def table_of(dataset: str, prefix: str, number: int, out: Path, seeds: int) -> list[str]:
     """Lines of Markdown: of the rows that are there, means over seeds; rank correlations with the paper's columns."""
     columns, paper, found = columns_of(dataset, number), papers(number), {}
-    for row in rows_of(dataset):
-        names = [f"{prefix}-{row.name}-seed{seed}" for seed in range(seeds)]
-        files = [file for name in names if (file := out / name / f"table{number}.csv").exists()]
-        if files:
-            found[row.name] = [values for file in files for values in read(file).values()]
-    rows = [row for row in rows_of(dataset) if row.name in found]
+    rows = [row for row in rows_of(dataset) if number in row.paper]
+    for row in rows:
+        files = [file_of(out / f"{prefix}-{row.name}-seed{seed}", number) for seed in range(seeds)]
+        known = [values for file in files if file.exists() for values in read(file).values()]
+        if known:
+            found[row.name] = known
+    rows = [row for row in rows if row.name in found]
 
     def values(row: Row, column: Column) -> np.ndarray:
         return np.array([cells.get(column.ours) or np.nan for cells in found[row.name]], dtype=float)
 
-    lines = [f"Table {number} on {prefix}, means over the seeds (lowest to highest)", ""]
-    lines += ["| row of the paper | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    title = f"Table {number} on {prefix}: means over the seeds (lowest to highest) / the paper's"
+    lines = [title, "", "| row of the paper | " + " | ".join(c.title for c in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
     for row in rows:
-        cells = (values(row, column) for column in columns)
+        cells, printed = [values(row, column) for column in columns], paper[row.paper[number]]
         shown = [f"{v.mean():.3g}" + f" ({v.min():.3g} to {v.max():.3g})" * (len(v) > 1) for v in cells]
-        lines.append(f"| {row.paper} | " + " | ".join(shown) + " |")
+        shown = [f"{ours} / {printed[c.paper]:g}" for ours, c in zip(shown, columns, strict=True)]
+        lines.append(f"| {row.paper[number]} | " + " | ".join(shown) + " |")
     ranks = []
     for column in columns:
         ours = [values(row, column).mean() for row in rows]
-        ranks.append(spearmanr(ours, [paper[row.paper][column.paper] for row in rows]).statistic)
-    return [
-        *lines,
-        "| *rank correlation with the paper's column* | " + " | ".join(f"{r:.2f}" for r in ranks) + " |",
-        "",
-    ]
+        theirs = [paper[row.paper[number]][column.paper] for row in rows]
+        ranks.append(spearmanr(ours, theirs).statistic if len(set(ours)) > 1 else np.nan)
+    last = "| *rank correlation with the paper's column* | " + " | ".join(f"{r:.2f}" for r in ranks) + " |"
+    return [*lines, last, ""] if len(rows) > 2 else [*lines, ""]
 
 
 def main(
@@ -169,6 +195,8 @@ def main(
     audit_images: Annotated[int, typer.Option(help="Images for the masking audit.")] = 100,
     blocks: Annotated[int, typer.Option(help="Blocks for the paper's estimate by sampling.")] = 100,
     attack: Annotated[list[str] | None, typer.Option(help="Attacks to use (default: all).")] = None,
+    budget: Annotated[int | None, typer.Option(help="Calls that they may spend on an image.")] = None,
+    table: Annotated[list[int] | None, typer.Option(help="Of the paper, 1 to 6 (default: 1 and 2).")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Train cifar10 by the fast recipe.")] = False,
     model: Annotated[str, typer.Option(help="Of the fast recipe.")] = "resnet9",
     epochs: Annotated[int, typer.Option(help="Of the fast recipe.")] = 16,
@@ -178,38 +206,30 @@ def main(
 ) -> None:
     if dataset not in ("digits", "cifar10"):
         raise typer.BadParameter("choose digits or cifar10, which the paper's rows are for")
+    numbers = sorted(set(table or (1, 2)))
+    if not set(numbers) <= {1, 2, 3, 4, 5, 6} or (dataset == "digits" and 4 in numbers):
+        raise typer.BadParameter("--table: the paper has 1 to 6, of which 4 is not for digits")
     recipe = ["--recipe", "fast", "--model", model, "--epochs", str(epochs)] if fast else AUTHORS
     prefix = f"{dataset}-{model}" if fast else dataset
-    rows = rows_of(dataset, recipe)
+    rows = [row for row in rows_of(dataset, recipe) if row.paper.keys() & numbers]
     if unknown := {*(only or [])} - {row.name for row in rows}:
         raise typer.BadParameter(f"--only {min(unknown)}: the rows are {', '.join(row.name for row in rows)}")
     how = ["--images", images, "--calibration", calibration, "--audit-images", audit_images, "--blocks", blocks]
-    how += [part for name in attack or [] for part in ("--attack", name)]
+    how += [part for name in attack or [] for part in ("--attack", name)] + (["--budget", budget] if budget else [])
     for seed in range(seeds):
         for row in rows:
             name = f"{prefix}-{row.name}-seed{seed}"
             if (only and row.name not in only) or (out / name).exists():
                 continue
-            run(
-                "train.py",
-                dataset,
-                *row.options,
-                "--seed",
-                str(seed),
-                "--data-dir",
-                data_dir,
-                "--runs",
-                runs,
-                "--name",
-                name,
-            )
-            norms = [part for number in row.tables for part in ("--norm", {1: "linf", 2: "l2"}[number])]
-            run("evaluate.py", runs / name, *norms, *how)
+            where = ["--seed", seed, "--data-dir", data_dir, "--runs", runs, "--name", name]
+            run("train.py", dataset, *row.options, *where)
+            smoothing = ["--smoothing", SIGMA] if 5 in row.paper.keys() & numbers else []
+            run("evaluate.py", runs / name, *how, *smoothing, "--data-dir", data_dir)
             (out / name).mkdir(parents=True)
             for file in (*(runs / name / "evaluation").glob("*.csv"), runs / name / "evaluation" / "report.md"):
                 if file.name != "images.csv":
                     shutil.copy(file, out / name)
-    text = "\n".join(line for number in (1, 2) for line in table_of(dataset, prefix, number, out, seeds))
+    text = "\n".join(line for number in numbers for line in table_of(dataset, prefix, number, out, seeds))
     (out / f"tables-{prefix}.md").write_text(text)
     print(text)
 

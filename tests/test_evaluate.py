@@ -944,7 +944,7 @@ def test_a_run_is_measured_on_the_users_folder_and_labels_follow_the_names_of_it
         ("{here}/theirs.py:seven_classes", "7 classes"),
         ("{here}/theirs.py:nan", "not finite"),
         ("{here}/theirs.py:seven_classes --size 9", "8 x 8"),
-        ("{here}", "checkpoint"),
+        ("{here}", "a target is a run directory"),
     ],
 )
 def test_a_target_that_cannot_be_measured_is_refused_in_one_line(here, tmp_path, monkeypatch, capsys, target, says):

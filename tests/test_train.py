@@ -593,6 +593,7 @@ def test_options_survive_the_config(whole):
         (["digits", "--h", "0"], "--h must be positive, not 0"),
         (["digits", "--method", "noise", "--sigma", "0"], "--sigma must be positive"),
         (["digits", "--h", "nan"], "--h must be positive, not nan"),
+        (["digits", "--h", "inf"], "--h must be at most"),
         (["digits", "--lam", "-1"], "--lam must be 0 or more"),
         (["digits", "--lr", "-0.1"], "--lr must be positive"),
         (["digits", "--epochs", "0"], "--epochs must be positive"),
