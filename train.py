@@ -96,7 +96,7 @@ class Options:
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
     lr: float = training(0.1, "first learning rate; scales the schedule")
-    amp: bool = training(False, "bfloat16 where no digits cancel", of="fd ascent none noise at free")
+    amp: bool = training(False, "bfloat16; for fd with --h 0.1 or more", of="fd ascent none noise at free")
     channels_last: bool = training(False, "memory layout, faster on recent GPUs with --amp")
     size: int | None = training(None, "pixels a side of large images; a folder's: their own, up to 224")
     seed: int = training(0, "of weights, order, augmentation, noise and random layers")
@@ -139,7 +139,7 @@ RECIPES = {
     "cifar10": Options(),
     # One cycle of the learning rate; smooth, since the penalty costs ReLUs more accuracy: results/activations.md.
     "cifar10-fast": Options(
-        recipe="fast", model="resnet9", activation="gelu", epochs=16, lr=0.02, nesterov=True, cutout=False,
+        recipe="fast", h=0.3, model="resnet9", activation="gelu", epochs=16, lr=0.02, nesterov=True, cutout=False,
         amp=True, channels_last=True, schedule=((0, 0.02, 0.2), (3, 0.2, 0), (16, 0, 0)),
     ),
     # The authors' sizes, batches (of four GPUs) and rates.  They penalise behind the normalization by std, 0.226 on
@@ -195,14 +195,14 @@ from runs import Failure, World
 
 # --- the objective ----------------------------------------------------------------------------------------
 
+ROUGH = 0.1  # the least h that bfloat16 and TF32 have digits for
 PENALISED = {"fd": 4, "exact": 3, "ascent": 2}  # units of work beside the 3 of a plain step; tests/test_cost.py
 
 
 class Objective(nn.Module):
     """images, labels -> the losses and penalties of eq. (8).
 
-    All passes in one module: DistributedDataParallel sees one forward and one backward a step, and averages gradients
-    of eq. (8).  amp: bfloat16 where no digits cancel: in the direction of `fd`, in all of what has no difference.
+    All passes in one module: DistributedDataParallel sees one forward and one backward a step.  amp: in bfloat16.
     """
 
     def __init__(self, network: nn.Module, options: Options | None = None, **changed: Any):
@@ -221,20 +221,19 @@ class Objective(nn.Module):
     def part(self, images: Tensor, labels: Tensor, method: str, **ascent: float) -> Penalised:
         options = self.options
 
-        def loss_fn(z: Tensor, rounded: bool = False) -> Tensor:
-            with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
+        def loss_fn(z: Tensor) -> Tensor:
+            with torch.autocast(z.device.type, torch.bfloat16) if options.amp else contextlib.nullcontext():
                 logits = self.network(z)
-            return cross_entropy(logits.float() if rounded else logits, labels[: len(z)])
+            return cross_entropy(logits.float() if options.amp else logits, labels[: len(z)])
 
         how = {"norm": options.norm, "squared": not options.unsquared}
-        scout = partial(loss_fn, rounded=True) if options.amp else None
         if method == "fd":
-            return gradreg.fd_penalty(loss_fn, images, h=options.h, scout=scout, **how)
+            return gradreg.fd_penalty(loss_fn, images, h=options.h, **how)
         if method == "exact":
             return gradreg.exact_penalty(loss_fn, images, **how)
         if method == "ascent":
-            return gradreg.ascent_penalty(scout or loss_fn, images, h=options.h, **ascent, **how)
-        losses = (scout or loss_fn)(images)
+            return gradreg.ascent_penalty(loss_fn, images, h=options.h, **ascent, **how)
+        losses = loss_fn(images)
         return Penalised(losses, torch.zeros_like(losses), None)
 
 
@@ -431,10 +430,13 @@ def decayed(network: nn.Module, options: Options) -> list[dict[str, Any]]:
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
+def may_round(options: Options) -> bool:
+    """Whether TF32 and bfloat16 may compute: not a difference with a small step, which cancels the digits they keep."""
+    return options.method != "fd" or options.h >= ROUGH
+
+
 def set_precision(options: Options) -> None:
-    """TF32 stays out of a difference quotient with a small step, which cancels the digits that TF32 keeps."""
-    allowed = options.method != "fd" or options.h >= 0.1
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = may_round(options)
     if options.model == "cnn":
         torch.set_num_threads(1)  # too small to share: on a busy machine threads that wait for each other crawl
 
@@ -651,7 +653,7 @@ def check_given(given: dict[str, Any]) -> None:
         if value is not None and of and method not in of:
             raise Failure(f"{name} means nothing to --method {method}, only to {', '.join(of)}: leave it out", 2)
         if isinstance(value, int | float):
-            most = LIMITS.get(f.name, 10**9)
+            most = LIMITS.get(f.name, sys.float_info.max if isinstance(value, float) else 10**9)
             if not value >= 0 or not (value or zero):
                 raise Failure(f"{name} must be {'0 or more' if zero else 'positive'}, not {value}", 2)
             if value > most:
@@ -688,7 +690,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2", "h": 0.5 if method == "ascent" else recipe.h}
-    own["amp"] = recipe.amp and method not in {"fd", "exact"}  # where it saves nothing on a CPU, and costs digits
+    own["amp"] = recipe.amp and method != "exact" and (method != "fd" or given.get("h", recipe.h) >= ROUGH)
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
@@ -698,6 +700,8 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
     if "batch_size" not in given and most < recipe.batch_size:
         own |= {"batch_size": most, "lr": recipe.lr * most / recipe.batch_size}
     options, norms = replace(recipe, **own | given), {"free": ["linf"], "at": ["l2", "linf"]}
+    if options.amp and not may_round(options):
+        raise Failure(f"--amp: bfloat16 lacks the digits for --h {options.h:g}; give {ROUGH} or more, or no --amp", 2)
     if options.norm not in norms.get(method, [options.norm]):
         raise Failure(f"--norm {options.norm}: --method {method} is for {' and '.join(norms[method])}", 2)
     scale = options.lr / recipe.lr

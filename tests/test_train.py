@@ -618,6 +618,7 @@ def test_options_survive_the_config(whole):
         (["digits", "--method", "at", "--attack-steps", "0"], "--attack-steps must be positive"),
         (["digits", "--method", "free", "--replays", "0"], "--replays must be positive"),
         (["digits", "--method", "exact", "--amp"], "--amp means nothing to --method exact"),
+        (["digits", "--amp", "--h", "0.09"], "--amp: bfloat16 lacks the digits for --h 0.09"),
         (["--resume", "/nonexistent/run"], "no such run"),
         (["digits", "--resume", "/nonexistent/run", "--lam", "2"], "leave out --lam, DATASET"),
     ],
@@ -803,23 +804,27 @@ def test_the_unsquared_penalty_is_the_slope_and_is_named(monkeypatch, tmp_path, 
 
 def test_a_step_up_is_of_the_weight_the_length_and_the_precision_that_the_run_says(monkeypatch, tmp_path):
     """Its logged values do not depend on where it leads: what it is given is looked at."""
-    seen, real = [], train.gradreg.ascent_penalty
+    seen, kinds, real = [], set(), train.gradreg.ascent_penalty
+    hook = torch.nn.modules.module.register_module_forward_hook
 
     def spy(loss_fn, x, **how):
-        rounded = getattr(loss_fn, "keywords", {}).get("rounded", False)
-        seen.append((how["lam"], how["h"], how["first"], len(x), rounded))
-        return real(loss_fn, x, **how)
+        kinds.clear()
+        watch = hook(lambda part, _, out: kinds.add(out.dtype) if isinstance(part, torch.nn.Linear) else None)
+        out = real(loss_fn, x, **how)
+        watch.remove()
+        seen.append((how["lam"], how["h"], how["first"], len(x), *kinds))
+        return out
 
     monkeypatch.setattr(train.gradreg, "ascent_penalty", spy)
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
     small = [*SMALL, "--method", "ascent", "--lam", 0.5, "--epochs", 2, "--runs", tmp_path]
     assert command(monkeypatch, *small, "--name", "first") == 0
-    assert {*seen} == {(0.5, 0.5, 10, 10, False)}
+    assert {*seen} == {(0.5, 0.5, 10, 10, torch.float32)}
     seen.clear()
     how = ["--init", tmp_path / "first", "--amp", "--h", 0.3, "--penalty-share", 0.25, "--name", "tuned"]
     assert command(monkeypatch, *small, *how) == 0
     assert [how[0] for how in seen] == pytest.approx([0.5 * min(1, step / 20) for step in range(40)])
-    assert {how[1:] for how in seen} == {(0.3, 3, 10, True)}
+    assert {how[1:] for how in seen} == {(0.3, 3, 10, torch.bfloat16)}
 
 
 def test_a_warm_up_of_lambda_is_what_is_added_to_the_loss(monkeypatch, tmp_path):
@@ -862,6 +867,20 @@ def test_the_penalty_buys_robustness(monkeypatch, tmp_path, capsys):
     none, fd = (table[name] for name in ("digits-none-seed0", "digits-fd-l2-lam1-seed0"))
     assert fd[2] < 0.8 * none[2]  # within eps 0.5
     assert fd[0] < none[0] + 8  # clean; few images and epochs: it differs by machine
+
+
+def test_the_fast_recipe_rounds_where_a_step_has_the_digits():
+    source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
+    images, world = data.Data(source, source, list("ab"), 3), runs.World("cpu")
+
+    def of(**given_):
+        options = train.resolve({"dataset": "cifar10", "recipe": "fast"} | given_, images, world)
+        return options.h, options.amp, options.channels_last
+
+    assert of() == of(method="fd", h=0.3) == (0.3, True, True)
+    assert of(h=0.05) == (0.05, False, True)
+    assert of(method="exact")[1:] == (False, False)
+    assert of(method="ascent") == (0.5, True, True)
 
 
 def test_recipes_are_of_data_that_exists():
