@@ -783,7 +783,7 @@ def options_of(config: dict[str, Any]) -> Options:
         known = {name: value for name, value in config["options"].items() if (name, value) not in GONE.items()}
         known["schedule"] = tuple(map(tuple, known["schedule"]))
         known["phases"] = tuple(Phase(*(phase[f.name] for f in fields(Phase))) for phase in known["phases"])
-        if config["format"] != FORMAT or known["method"] == "jvp":
+        if config["format"] != FORMAT or known["method"] in ("jvp", "fd" * (known["amp"] and known["h"] < ROUGH)):
             raise ValueError
         return Options(**{name: value for name, value in known.items() if name != "workers"})
     except (KeyError, TypeError, ValueError):

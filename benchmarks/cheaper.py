@@ -33,9 +33,11 @@ import train
 SAVINGS: dict[str, dict[str, Any]] = {
     "no penalty": {"method": "none"},
     "everything (Algorithm 1)": {},
+    "everything (Algorithm 1), h 0.01": {"h": 0.01},
     "half of each batch": {"penalty_share": 0.5},
     "half of each batch, 9/10 of the epochs": {"penalty_share": 0.5, "length": 9 / 10},
     "three eighths of each batch": {"penalty_share": 0.375},
+    "three eighths of each batch, h 0.01": {"penalty_share": 0.375, "h": 0.01},
     "everything, 5/8 of the epochs": {"length": 5 / 8},
     "a quarter of each batch": {"penalty_share": 0.25},
     "one step up (7)": {"method": "ascent"},
@@ -45,7 +47,7 @@ SAVINGS: dict[str, dict[str, Any]] = {
 }
 WHOLE = "everything (Algorithm 1)"
 DIVERGED = 3  # train.py's exit code
-COLOURS = ["0.3", *(f"C{i}" for i in range(10))]
+COLOURS = ["0.3", *(f"C{i}" for i in range(12))]  # of which the last are the first again, in squares
 
 
 def cost(how: dict[str, Any]) -> float:
@@ -110,8 +112,9 @@ def draw(rows: list[dict[str, Any]], file: Path, about: str) -> None:
         for i, (name, how) in enumerate(SAVINGS.items()):
             values = [row["found"][key] for row in rows if row["name"] == name and row["found"]]
             if values:
-                axes.scatter([cost(how)] * len(values), values, s=9, color=COLOURS[i], alpha=0.5)
-                axes.scatter(cost(how), np.mean(values), s=60, color=COLOURS[i], label=name)
+                look = {"color": COLOURS[i], "marker": "os"[i > 10]}
+                axes.scatter([cost(how)] * len(values), values, s=9, alpha=0.5, **look)
+                axes.scatter(cost(how), np.mean(values), s=60, label=name, **look)
         axes.set_xlabel("cost of the training, in plain steps")
         axes.set_ylabel(f"% error under PGD, {key}" if key != "distance" else "mean distance, pixels of range 0 to 1")
         axes.grid(alpha=0.3)

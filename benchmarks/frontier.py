@@ -101,6 +101,7 @@ def draw(points: list[Point], path: Path) -> None:
         for letter, point in zip(LETTERS, points, strict=False):
             value, low, high = of(point)
             how = {"fmt": "o", "color": COLOURS.get(point.method, "0.5"), "elinewidth": 0.8}
+            how |= {"markerfacecolor": "white"} if "h 0.01" in point.name else {}
             shown = axis.errorbar(point.cost, value, [[value - low], [high - value]], **how)
             shown.set_label(f"{letter}  {point.name}: {point.clean:.0f} %")
             axis.annotate(letter, (point.cost, value), xytext=(5, 3), textcoords="offset points", fontsize=9)

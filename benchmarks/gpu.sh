@@ -14,9 +14,9 @@ cd "$(dirname "$0")/.."
 : "${CIFAR:?is not set: the folder with train/<class>/* and test/<class>/* of CIFAR-10}"
 OUT=${OUT:-results/gpu} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python} DRY=${DRY:-}
 read -ra TESTS <<<"${TESTS:-}"                                    # which of the tests
-read -ra COST <<<"${COST:---batch-size 128 --repeats 10}"         # of benchmarks/penalty.py
+read -ra COST <<<"${COST:---batch-size 128 --repeats 10 --h 0.3}" # of benchmarks/penalty.py
 read -ra FAST <<<"${FAST:---recipe fast}"                         # of train.py: the fast recipe at full width
-read -ra LARGE <<<"${LARGE:---model resnext34 --epochs 20 --amp --channels-last}"
+read -ra LARGE <<<"${LARGE:---model resnext34 --epochs 20 --h 0.3 --amp --channels-last}"
 read -ra ATTACKED <<<"${ATTACKED:---images 200 --calibration 200 --audit-images 20}"
 WAYS=${WAYS:-float32 tf32 bfloat16 channels_last bfloat16+channels_last}
 export GRADREG_TEST_DEVICE=$DEVICE PYTHONUNBUFFERED=1

@@ -8,8 +8,8 @@
 Counts are of the convolutions and matrix products of one step, and of the bytes that all else in it (normalization,
 activation, pooling) reads and writes, in units of a plain step's; they do not depend on the machine.
 Times are medians of ratios to a plain step of the first way that ran just before, in the same process.
-A way is what train.py offers to be faster, joined by +: float32 (nothing), tf32 (which train.py refuses for small h),
-bfloat16 (--amp), channels_last.  Beside it stands what it costs: how far the mean penalty is from the same in
+A way is what train.py offers to be faster, joined by +: float32 (nothing), tf32 and bfloat16 (--amp), which train.py
+refuses for an h below 0.1, channels_last.  Beside it stands what it costs: how far the mean penalty is from the same in
 float64, and the cosine of its weight gradient to that.
 """
 
@@ -129,6 +129,8 @@ def prepared(network: nn.Module, images: Tensor, labels: Tensor, way: list[str],
     try:
         train.check_given(options)
     except runs.Failure:
+        return None
+    if "amp" in options and not train.may_round(train.Options(**options)):
         return None
     layout = torch.channels_last if "channels_last" in way else torch.contiguous_format
     objective = train.Objective(copy.deepcopy(network).to(memory_format=layout), **options)

@@ -1,7 +1,8 @@
 """Which step h?  How much of the finite difference's weight gradient is signal, and how much is noise.
 
     python benchmarks/step.py RUN --data-dir DIR                networks of train.py, on their training images
-    python benchmarks/step.py RUN --norm linf --batches 32 --float64
+    python benchmarks/step.py RUN RUN --norm linf --float64 --picture step.png
+    python benchmarks/step.py net.py:build --data imagenet --data-dir DIR --size 128 --batch-size 16
 
 Table 4 of the paper trains with h from 1e-4 to 1 and finds 0.1 best, the small ones worst.  Not the penalty's value is
 why, which the difference quotient gives to a few percent at every h, but its gradient with respect to the weights,
@@ -17,11 +18,10 @@ backpropagation does not see), and the variance grows as 1/h.  For independent b
 of penalty gradients g alone, without the loss.  Rounding is not the cause: --float64 shows the same.
 """
 
-import copy
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -51,43 +51,90 @@ def of_a_batch(network: nn.Module, method, images: Tensor, labels: Tensor, norm:
     return weight_gradient(network, out.penalties.mean() / 2), float(off)
 
 
-def row(name: str, found: list[tuple[Tensor, float]], reference: Tensor | None) -> str:
-    """Name, error of the slopes, length of the gradients, signal share, cosine of their mean to the reference."""
+class Seen(NamedTuple):
+    """Of a way to compute the penalty: the slopes' error in %, the length of a batch's gradient, its share of signal,
+    and the cosine of the mean gradient to the exact penalty's."""
+
+    off: float
+    length: float
+    signal: float
+    cosine: float
+
+
+def seen(found: list[tuple[Tensor, float]], reference: Tensor) -> Seen:
     grads = torch.stack([grad for grad, _ in found])
-    products = grads @ grads.T
-    n, power = len(grads), float(products.diagonal().mean())
-    signal = float(products.sum() - products.diagonal().sum()) / (n * (n - 1))
-    cosine = "" if reference is None else f"{torch.cosine_similarity(grads.mean(0), reference, dim=0).item():.3f}"
-    return f"| {name} | {np.mean([off for _, off in found]):.1f} | {power**0.5:.3g} | {signal / power:.3f} | {cosine} |"
+    products, n = (grads @ grads.T).double(), len(grads)
+    power = products.diagonal().mean()
+    signal = (products.sum() - products.diagonal().sum()) / (n * (n - 1))
+    cosine = torch.cosine_similarity(grads.mean(0), reference, dim=0)
+    return Seen(float(np.mean([off for _, off in found])), float(power.sqrt()), float(signal / power), float(cosine))
+
+
+def opened(target: str, data_dir: Path | None, folder: str, pixels: int) -> tuple[nn.Module, data.Source]:
+    """A run in training mode and its training images; FILE.py:FACTORY in evaluation mode, and its test images."""
+    if models.is_file(target):
+        source, classes = data.load_test(folder, data_dir)
+        return models.from_file(target, classes=len(classes)).eval(), source.at(pixels)
+    options = runs.read_checkpoint(Path(target) / "checkpoint.pt")["config"]["options"]
+    return models.load(target).train(), data.load(options["dataset"], data_dir or data.stored_place(options)).train
+
+
+def look(network: nn.Module, source: data.Source, norm: str, batches: int, size: int, float64: bool) -> dict[str, Seen]:
+    """By step h, and "exact", on so many random batches of images; printed as it is found."""
+    network = network.double() if float64 else network
+    order = data.order(len(source), seed=0, epoch=0)[: batches * size].reshape(batches, size)
+    parts = [data.fetch(source, rows, torch.device("cpu")) for rows in order]
+    parts = [(x.double() if float64 else x, labels) for x, labels in parts]
+    print("| h | slopes off by % | length of a batch's gradient | share of signal | cosine to the exact one |")
+    print("|---" * 5 + "|")
+    methods = {"exact": gradreg.exact_penalty} | {f"{h:g}": partial(gradreg.fd_penalty, h=h) for h in STEPS}
+    reference, known = None, {}
+    for name, method in methods.items():
+        found = [of_a_batch(network, method, *part, norm) for part in parts]
+        reference = torch.stack([grad for grad, _ in found]).mean(0) if reference is None else reference
+        known[name] = seen(found, reference)
+        print("| {} | {:.1f} | {:.3g} | {:.3f} | {:.3f} |".format(name, *known[name]), flush=True)
+    print()
+    return known
+
+
+def draw(known: dict[str, dict[str, Seen]], path: Path) -> None:
+    """Share of signal, and cosine to the exact gradient, against h; dotted, what double backpropagation has."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("signal", "cosine"), strict=True):
+        for i, (run, rows) in enumerate(known.items()):
+            values = [getattr(rows[f"{h:g}"], name) for h in STEPS]
+            axes.plot(STEPS, values, "o-", color=f"C{i}", label=run)
+            if name == "signal":
+                axes.axhline(rows["exact"].signal, color=f"C{i}", linestyle=":")
+        axes.set(xscale="log", xlabel="step h, l2 length in pixels of range 0 to 1", ylim=(-0.02, None))
+        axes.set_ylabel({"signal": "share of signal in a batch's gradient", "cosine": "cosine to the exact one"}[name])
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def main(
-    run: Path,
+    target: Annotated[list[str], typer.Argument(help="Runs of train.py, or FILE.py:FACTORY.")],
     data_dir: Annotated[Path | None, typer.Option(help="Where the images are.")] = None,
     norm: Annotated[str, typer.Option(help="l2, linf or l1.")] = "l2",
     batches: Annotated[int, typer.Option(help="Of the training images, at random.", min=2)] = 24,
     batch_size: int = 128,
     float64: Annotated[bool, typer.Option("--float64")] = False,
-    evaluation_mode: Annotated[bool, typer.Option("--eval", help="Batch normalization as in evaluation.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
+    folder: Annotated[str, typer.Option("--data", help="Of FILE.py:FACTORY: imagenet, or a folder.")] = "imagenet",
+    size: Annotated[int, typer.Option(help="Of FILE.py:FACTORY: pixels a side.")] = 224,
 ) -> None:
     torch.set_num_threads(1)
-    network = models.load(run).train(not evaluation_mode)
-    options = runs.read_checkpoint(run / "checkpoint.pt")["config"]["options"]
-    images = data.load(options["dataset"], data_dir or data.stored_place(options))
-    network = copy.deepcopy(network).double() if float64 else network
-    source = images.train
-    order = data.order(len(source), seed=0, epoch=0)[: batches * batch_size].reshape(batches, batch_size)
-    parts = [data.fetch(source, rows, torch.device("cpu")) for rows in order]
-    parts = [(x.double() if float64 else x, labels) for x, labels in parts]
-    print(f"{run.name}, {norm}, {batches} batches of {batch_size}, torch {torch.__version__}, {runs.git_commit()}\n")
-    print("| h | slopes off by % | length of a batch's gradient | share of signal | cosine to the exact one |")
-    print("|---" * 5 + "|")
-    methods = {"exact": gradreg.exact_penalty} | {f"{h:g}": partial(gradreg.fd_penalty, h=h) for h in STEPS}
-    reference = None
-    for name, method in methods.items():
-        found = [of_a_batch(network, method, *part, norm) for part in parts]
-        print(row(name, found, reference), flush=True)
-        reference = torch.stack([grad for grad, _ in found]).mean(0) if reference is None else reference
+    known = {}
+    for name in target:
+        print(f"{name}, {norm}, {batches} batches of {batch_size}, torch {torch.__version__}, {runs.git_commit()}\n")
+        found = look(*opened(name, data_dir, folder, size), norm, batches, batch_size, float64)
+        known[Path(name).name] = found
+    if picture:
+        draw(known, picture)
 
 
 if __name__ == "__main__":

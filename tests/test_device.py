@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,8 @@ def test_every_command_of_the_script_is_understood(monkeypatch, tmp_path, variab
     import evaluate
     from benchmarks import penalty
 
+    source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
+    images = data.Data(source, source, list("ab"), 3)
     done = script(tmp_path, DRY="1", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     programs = {"train.py": train.main, "evaluate.py": evaluate.main, "benchmarks/penalty.py": penalty.main}
@@ -201,7 +204,10 @@ def test_every_command_of_the_script_is_understood(monkeypatch, tmp_path, variab
         app.command()(programs[program])
         context = typer.main.get_command(app).make_context(program, arguments)
         if program == "train.py":
-            train.check_given({name: value for name, value in context.params.items() if value is not None})
+            given = {name: value for name, value in context.params.items() if value is not None}
+            train.check_given(given)
+            given = {name: given[name] for name in given if name in {f.name for f in fields(train.Options)}}
+            train.resolve(given, images, runs.World("cpu"))
     assert not (tmp_path / "out").exists()
 
 

@@ -405,7 +405,8 @@ def test_a_run_of_before_some_options_is_one_with_their_defaults(monkeypatch, tm
     assert "exists, with other options (lr, schedule, unsquared); " in one_line(capsys)
     assert command(monkeypatch, *again) == 0
     assert "is finished: nothing to resume" in capsys.readouterr().out
-    for other in ({"central": True}, {"penalty_from": 0.5}, {"compile": True}, {"accumulate": 2}, {"method": "jvp"}):
+    gone = {"central": True}, {"penalty_from": 0.5}, {"compile": True}, {"accumulate": 2}, {"method": "jvp"}
+    for other in (*gone, {"amp": True, "h": 0.05}):  # which once rounded the direction alone
         changed = state["config"] | {"options": state["config"]["options"] | other}
         torch.save(state | {"config": changed}, run / "checkpoint.pt")
         assert command(monkeypatch, "--resume", run) == 2
