@@ -137,7 +137,7 @@ RECIPES = {
         schedule=((0, 0.05, 0.05), (12, 0.01, 0.01), (24, 0.002, 0.002), (32, 0.0004, 0.0004), (40, 0, 0)),
     ),
     "cifar10": Options(),
-    # One cycle of the learning rate; smooth, since the penalty costs ReLUs more accuracy: results/activations.md.
+    # One cycle of the learning rate; smooth: results/activations.md; a large step h: results/step.md.
     "cifar10-fast": Options(
         recipe="fast", h=0.3, model="resnet9", activation="gelu", epochs=16, lr=0.02, nesterov=True, cutout=False,
         amp=True, channels_last=True, schedule=((0, 0.02, 0.2), (3, 0.2, 0), (16, 0, 0)),

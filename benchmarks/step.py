@@ -43,9 +43,17 @@ def weight_gradient(network: nn.Module, value: Tensor) -> Tensor:
     return torch.cat([grad.flatten() for grad in torch.autograd.grad(value, weights, materialize_grads=True)])
 
 
-def of_a_batch(network: nn.Module, method, images: Tensor, labels: Tensor, norm: gradreg.Norm) -> tuple[Tensor, float]:
+def of_a_batch(
+    network: nn.Module, method, images: Tensor, labels: Tensor, norm: gradreg.Norm, amp: bool
+) -> tuple[Tensor, float]:
     """The weight gradient of half the mean penalty, and how far its slopes are from the exact ones, in %."""
-    out: Penalised = method(lambda z: cross_entropy(network(z), labels), images, norm=norm)
+
+    def loss_fn(z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
+            logits = network(z)
+        return cross_entropy(logits.float() if amp else logits, labels)
+
+    out: Penalised = method(loss_fn, images, norm=norm)
     exact = (out.grad * gradreg.direction(out.grad, norm)).flatten(1).sum(1)
     off = 100 * (out.penalties.detach().sqrt() - exact).abs().sum() / exact.sum()
     return weight_gradient(network, out.penalties.mean() / 2), float(off)
@@ -79,7 +87,9 @@ def opened(target: str, data_dir: Path | None, folder: str, pixels: int) -> tupl
     return models.load(target).train(), data.load(options["dataset"], data_dir or data.stored_place(options)).train
 
 
-def look(network: nn.Module, source: data.Source, norm: str, batches: int, size: int, float64: bool) -> dict[str, Seen]:
+def look(
+    network: nn.Module, source: data.Source, norm: str, batches: int, size: int, float64: bool, amp: bool
+) -> dict[str, Seen]:
     """By step h, and "exact", on so many random batches of images; printed as it is found."""
     network = network.double() if float64 else network
     order = data.order(len(source), seed=0, epoch=0)[: batches * size].reshape(batches, size)
@@ -90,7 +100,7 @@ def look(network: nn.Module, source: data.Source, norm: str, batches: int, size:
     methods = {"exact": gradreg.exact_penalty} | {f"{h:g}": partial(gradreg.fd_penalty, h=h) for h in STEPS}
     reference, known = None, {}
     for name, method in methods.items():
-        found = [of_a_batch(network, method, *part, norm) for part in parts]
+        found = [of_a_batch(network, method, *part, norm, amp and name != "exact") for part in parts]
         reference = torch.stack([grad for grad, _ in found]).mean(0) if reference is None else reference
         known[name] = seen(found, reference)
         print("| {} | {:.1f} | {:.3g} | {:.3f} | {:.3f} |".format(name, *known[name]), flush=True)
@@ -123,6 +133,7 @@ def main(
     batches: Annotated[int, typer.Option(help="Of the training images, at random.", min=2)] = 24,
     batch_size: int = 128,
     float64: Annotated[bool, typer.Option("--float64")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Differences in bfloat16.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
     folder: Annotated[str, typer.Option("--data", help="Of FILE.py:FACTORY: imagenet, or a folder.")] = "imagenet",
     size: Annotated[int, typer.Option(help="Of FILE.py:FACTORY: pixels a side.")] = 224,
@@ -131,7 +142,7 @@ def main(
     known = {}
     for name in target:
         print(f"{name}, {norm}, {batches} batches of {batch_size}, torch {torch.__version__}, {runs.git_commit()}\n")
-        found = look(*opened(name, data_dir, folder, size), norm, batches, batch_size, float64)
+        found = look(*opened(name, data_dir, folder, size), norm, batches, batch_size, float64, amp)
         known[Path(name).name] = found
     if picture:
         draw(known, picture)
