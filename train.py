@@ -96,7 +96,7 @@ class Options:
     epochs: int = training(200, "stretches the learning rate schedule")
     batch_size: int = training(128, "images a step, over all processes; scales later phases")
     lr: float = training(0.1, "first learning rate; scales the schedule")
-    amp: bool = training(False, "bfloat16; for fd with --h 0.1 or more", of="fd ascent none noise at free")
+    amp: bool = training(False, "bfloat16; for fd with --h 0.1 or more")
     channels_last: bool = training(False, "memory layout, faster on recent GPUs with --amp")
     size: int | None = training(None, "pixels a side of large images; a folder's: their own, up to 224")
     seed: int = training(0, "of weights, order, augmentation, noise and random layers")
@@ -690,7 +690,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2", "h": 0.5 if method == "ascent" else recipe.h}
-    own["amp"] = recipe.amp and method != "exact" and (method != "fd" or given.get("h", recipe.h) >= ROUGH)
+    own["amp"] = recipe.amp and (method != "fd" or given.get("h", recipe.h) >= ROUGH)
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
@@ -796,12 +796,12 @@ def introduce(trainer: Trainer) -> None:
     options, images, plan = trainer.options, trainer.images, trainer.plan
     own = {f.name: getattr(options, f.name) for f in fields(Options) if options.method in f.metadata.get("of", [])}
     how = [f"{k} {v:g}" for k, v in own.items() if not isinstance(v, bool | str) and (k, v) != ("penalty_share", 1)]
-    how = ", ".join([options.method, options.norm, *how, *(name for name, value in own.items() if value is True)])
+    how = [options.method, options.norm, *how, *(k for k, v in own.items() if v is True), *["amp"] * options.amp]
     weights, start = sum(p.numel() for p in trainer.network.parameters()), f" from {options.init}" * bool(options.init)
     sides = dict.fromkeys([images.short_side] if images.small else [phase.size for phase in plan.phases])
     cost = 1 + options.penalty_share * (PENALISED | {"at": 2 * options.attack_steps}).get(options.method, 0) / 3
     trainer.world.console.print(
-        f"{trainer.run.path.name}: {how}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
+        f"{trainer.run.path.name}: {', '.join(how)}; {options.model}, {weights:,} parameters{start}; {options.dataset},"
         f" {len(images.train):,} training and {len(images.test):,} test images, {len(images.classes)} classes,"
         f" {', '.join(map(str, sides))} pixels a side; {plan.total - trainer.step:,} steps of {options.batch_size}"
         f" images, {options.epochs} epochs from rate {options.lr:.3g}, each step at the cost of {cost:.3g} plain"

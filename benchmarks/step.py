@@ -90,14 +90,18 @@ def opened(target: str, data_dir: Path | None, folder: str, pixels: int) -> tupl
 def look(
     network: nn.Module, source: data.Source, norm: str, batches: int, size: int, float64: bool, amp: bool
 ) -> dict[str, Seen]:
-    """By step h, and "exact", on so many random batches of images; printed as it is found."""
+    """By step h, and "exact", on so many random batches of images; printed as it is found.
+
+    amp: all but the reference in bfloat16, and double backpropagation in it, too.
+    """
     network = network.double() if float64 else network
     order = data.order(len(source), seed=0, epoch=0)[: batches * size].reshape(batches, size)
     parts = [data.fetch(source, rows, torch.device("cpu")) for rows in order]
     parts = [(x.double() if float64 else x, labels) for x, labels in parts]
     print("| h | slopes off by % | length of a batch's gradient | share of signal | cosine to the exact one |")
     print("|---" * 5 + "|")
-    methods = {"exact": gradreg.exact_penalty} | {f"{h:g}": partial(gradreg.fd_penalty, h=h) for h in STEPS}
+    methods = {"exact": gradreg.exact_penalty} | ({"exact, bfloat16": gradreg.exact_penalty} if amp else {})
+    methods |= {f"{h:g}": partial(gradreg.fd_penalty, h=h) for h in STEPS}
     reference, known = None, {}
     for name, method in methods.items():
         found = [of_a_batch(network, method, *part, norm, amp and name != "exact") for part in parts]
@@ -133,7 +137,7 @@ def main(
     batches: Annotated[int, typer.Option(help="Of the training images, at random.", min=2)] = 24,
     batch_size: int = 128,
     float64: Annotated[bool, typer.Option("--float64")] = False,
-    amp: Annotated[bool, typer.Option("--amp", help="Differences in bfloat16.")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="All but the reference in bfloat16.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
     folder: Annotated[str, typer.Option("--data", help="Of FILE.py:FACTORY: imagenet, or a folder.")] = "imagenet",
     size: Annotated[int, typer.Option(help="Of FILE.py:FACTORY: pixels a side.")] = 224,

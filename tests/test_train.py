@@ -544,16 +544,16 @@ def test_help_shows_choices_and_the_recipes_defaults_without_torch():
 
 def test_an_option_that_a_method_does_not_have_is_refused_and_no_other():
     values = {"h": 0.1, "lam": 0.1, "eps": 0.1, "sigma": 0.1, "attack_steps": 3, "replays": 3}
-    values |= {"amp": True, "penalty_share": 0.5, "unsquared": True}
+    values |= {"penalty_share": 0.5, "unsquared": True}
     every = {"lam", "penalty_share", "unsquared"}
     meant = {
-        "fd": {"h", "amp", *every},
+        "fd": {"h", *every},
         "exact": every,
-        "ascent": {"h", "amp", *every},
-        "none": {"amp"},
-        "noise": {"sigma", "amp"},
-        "at": {"eps", "attack_steps", "amp"},
-        "free": {"eps", "replays", "amp"},
+        "ascent": {"h", *every},
+        "none": set(),
+        "noise": {"sigma"},
+        "at": {"eps", "attack_steps"},
+        "free": {"eps", "replays"},
     }
     assert values.keys() == {f.name for f in fields(train.Options) if f.metadata.get("of")}
     for method, own in meant.items():
@@ -618,7 +618,6 @@ def test_options_survive_the_config(whole):
         (["digits", "--method", "at", "--eps", "-8/255"], "--eps must be positive"),
         (["digits", "--method", "at", "--attack-steps", "0"], "--attack-steps must be positive"),
         (["digits", "--method", "free", "--replays", "0"], "--replays must be positive"),
-        (["digits", "--method", "exact", "--amp"], "--amp means nothing to --method exact"),
         (["digits", "--amp", "--h", "0.09"], "--amp: bfloat16 lacks the digits for --h 0.09"),
         (["--resume", "/nonexistent/run"], "no such run"),
         (["digits", "--resume", "/nonexistent/run", "--lam", "2"], "leave out --lam, DATASET"),
@@ -880,7 +879,7 @@ def test_the_fast_recipe_rounds_where_a_step_has_the_digits():
 
     assert of() == of(method="fd", h=0.3) == (0.3, True, True)
     assert of(h=0.05) == (0.05, False, True)
-    assert of(method="exact")[1:] == (False, False)
+    assert of(method="exact")[1:] == (True, False)
     assert of(method="ascent") == (0.5, True, True)
 
 
