@@ -51,12 +51,13 @@ def percent(name: str, hits: np.ndarray) -> Row:
 
 
 def mean(name: str, values: np.ndarray) -> Row:
-    """The mean of values of 0 or more, with its t interval; infinite, and without one, where a value is."""
+    """The mean, with its t interval (from 0, unless a value is below); infinite, and without one, where a value is."""
     values = np.asarray(values, dtype=float)
     if math.isinf(centre := float(values.mean())):
         return {name: centre}
     reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else math.inf
-    return {name: centre, f"{name}_low": max(centre - reach, 0.0), f"{name}_high": centre + reach}
+    low = max(centre - reach, 0.0 if values.min() >= 0 else -math.inf)
+    return {name: centre, f"{name}_low": low, f"{name}_high": centre + reach}
 
 
 class Table(NamedTuple):
@@ -107,9 +108,8 @@ def heading(column: str) -> str:
 
 def number(value: float) -> str:
     """Three digits."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return f"{value:.3g}" if abs(value) < 10 or abs(value) >= 1e6 else f"{value:,.{int(abs(value) < 1000)}f}"
+    digits = ".3g" if abs(value) < 10 or abs(value) >= 1e6 else f",.{int(abs(value) < 1000)}f"
+    return f"{value:{digits}}".replace("inf", "∞")
 
 
 def text(row: Row, column: str) -> str:
@@ -280,6 +280,9 @@ def summary_table(targets: list[Target], norm: str) -> Table:
     rows = []
     for target in targets:
         rows.append(pick(figures_of(target, norm, target.norms[norm].best), SUMMARY))
+        first, own = (some.norms[norm].found["distances"] for some in (targets[0], target))
+        if target is not targets[0] and np.isfinite(first + own).all():  # of the same images
+            rows[-1] |= mean("mean_distance_beyond_the_first", own - first)
         for line, (figure, limit) in target.norms[norm].audit.items():
             rows[-1][f"audit: {line} (at most {limit})"] = f"{'pass' if figure <= limit else 'FAIL'} {number(figure)}"
     title = f"What was measured, {norm}; masking audit of {len(targets[0].rows['audit'])} images: in %, falls in points"
@@ -321,9 +324,8 @@ def error_figure(targets: list[Target]) -> Figure:
             axis.fill_between(known, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
             axis.step(known, y, where="post", color=colour, label=target.name)
             if measured.best:
-                _, omega, _ = measured.bounds[measured.best]
-                shares = 100 * np.arange(1, len(omega) + 1) / len(omega)
-                axis.step(np.sort(omega), shares, "--", where="post", color=colour, linewidth=1)
+                omega = np.sort(measured.bounds[measured.best][1])
+                axis.step(omega, np.linspace(0, 100, len(omega) + 1)[1:], "--", where="post", color=colour, linewidth=1)
         axis.set(xlim=(0, None), ylim=(0, 100), xlabel=f"{norm} distance, pixels in [0, 1]", ylabel="error, %")
         axis.legend(fontsize=8, loc="lower right")
     return figure
@@ -336,10 +338,9 @@ def bounds_figure(targets: list[Target]) -> Figure | None:
         return None
     figure, axes = panels(len(shown))
     for axis, (name, norm, known) in zip(axes[0], shown, strict=True):
-        distances = known.found["distances"]
-        finite = np.isfinite(distances)
+        distances = np.where(np.isfinite(known.found["distances"]), known.found["distances"], np.nan)
         for (method, (_, omega, _)), colour, marker in zip(known.bounds.items(), COLOURS, "o+x", strict=False):
-            axis.scatter(distances[finite], omega[finite], s=9, marker=marker, color=colour, lw=0.7, label=method)
+            axis.scatter(distances, omega, s=9, marker=marker, color=colour, lw=0.7, label=method)
         axis.axline((0, 0), slope=1, color="0.3", linewidth=1)
         axis.set(xlim=(0, None), ylim=(0, None), xlabel=f"{norm} distance found, pixels", ylabel="ω-bound, pixels")
         axis.set_title(name, fontsize=10)
@@ -378,14 +379,14 @@ Networks, with digests of their weights: {networks}
 of {dataset} with seed {seed}; errors are top-{topk}. Python {python}, torch {torch}, {device}, commit {commit}.
 
 Distances are those of the nearest adversarial images found, upper bounds of the true ones, in pixels of range 0 to 1; a
-misclassified image has distance 0 and bound 0, and where nothing broke an image a mean is infinite. Intervals are 95 %:
-Clopper-Pearson for percentages, t for means; they speak of the draw of the images, not of the training.
+misclassified image has distance 0 and bound 0, and where nothing broke an image a mean is infinite. Intervals are 95 %,
+of the draw of the images, not of the training: Clopper-Pearson for percentages, t for means. `beyond the first`: the
+mean difference, image by image, from the first network.
 
 Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than the bound
-says, a lower estimate, as good as the attacks. `two tangents`: the smallest modulus whose bounds are false for 0.5 % of
-the images at most, from distances of the calibration images. `ascent`: the largest values that gradient ascent finds.
-`sampled`: the paper's, from random perturbations and a GEV fit; one draw, and another seed may have several times as
-many false bounds: so it has no interval over images.
+says, a lower estimate, as good as the attacks. `two tangents`: the smallest modulus whose bounds are false for at most
+0.5 % of the calibration images. `ascent`: the largest values that gradient ascent finds. `sampled`: the paper's, from
+random perturbations and a GEV fit; one draw, without interval: with another seed several times as many may be false.
 
 {notes}
 """
@@ -480,8 +481,7 @@ def publish(targets: list[Target], together: Path, world: World) -> None:
         replace(target.path / "summary.json", json.dumps(summary(target), indent=2, allow_nan=False).encode())
     if len(targets) > 1:
         write_report(targets, together, world)
-    if not world.console.is_terminal:
-        world.console.width = max(world.console.width, 140)
+    world.console.width = max(world.console.width, 0 if world.console.is_terminal else 140)
     for norm in targets[0].norms:
         summary_table(targets, norm).show(world.console)
     for line in [*notes(targets), f"report: {together / 'report.md'}"]:

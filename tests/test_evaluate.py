@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -660,6 +661,17 @@ def test_it_writes_tables_figures_and_parts(whole):
     assert all("1 x 8 x 8" in text for text in texts)
     assert len(texts) == 3
     assert re.search(r"sampled \| .*\(one draw\)", texts[0])
+
+
+def test_two_networks_are_compared_image_by_image(here, whole):
+    """The mean difference from the first has the interval of the paired t test."""
+    (together,) = (here / "whole").glob("*_vs_*")
+    first, second = rows(together / "summary-l2.csv")
+    a, b = (np.array(column(here / "whole" / name, "distance l2"), float) for name in together.name.split("_vs_"))
+    known = scipy.stats.ttest_rel(b, a).confidence_interval(0.95)
+    ends = [float(second[f"mean_distance_beyond_the_first{end}"]) for end in ("", "_low", "_high")]
+    assert ends == pytest.approx([(b - a).mean(), known.low, known.high])
+    assert first["mean_distance_beyond_the_first"] == ""
 
 
 def unrendered(files):

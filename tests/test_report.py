@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 import evaluate
 import report
@@ -43,6 +44,12 @@ def test_no_interval_of_a_distance_reaches_below_zero(distances):
     value, low, high = report.mean("x", np.array(distances)).values()
     assert 0 <= low <= value * (1 + 1e-12)
     assert value <= high
+
+
+def test_the_interval_of_differences_is_that_of_the_paired_t_test():
+    a, b = np.random.default_rng(0).uniform(0, 1, (2, 30))
+    known = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert list(report.mean("x", b - a).values()) == pytest.approx([(b - a).mean(), known.low, known.high])
 
 
 def test_a_mean_with_an_unknown_distance_is_not_a_number_to_quote():
