@@ -65,7 +65,7 @@ def explain(error: BaseException) -> tuple[str, int | None]:
         return f"{error.filename or 'writing'}: {error.strerror or text}", 1
     if type(error).__name__ == "Abort":  # typer's, wherever its version keeps the class
         return "stopped", 130
-    return text, getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
+    return text.replace(": Value error, ", ": "), getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
 
 
 class Screen(io.TextIOWrapper):

@@ -589,7 +589,7 @@ def test_options_survive_the_config(whole):
         (["mnist"], "unknown data set 'mnist'"),
         (["imagenet", "--data-dir", "/nonexistent"], "--data-dir"),
         (["imagenet"], "--data-dir"),
-        (["digits", "--method", "magic"], "--method"),
+        (["digits", "--method", "magic"], "train.py: Invalid value for '--method': 'magic' is not one of"),
         (["digits", "--norm", "l7"], "--norm"),
         (["digits", "--h", "0"], "--h must be positive, not 0"),
         (["digits", "--method", "noise", "--sigma", "0"], "--sigma must be positive"),
