@@ -55,6 +55,11 @@ def margin(logits: Tensor, labels: Tensor, topk: int = 1) -> Tensor:
     return rival - label
 
 
+def ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the label (N,): of a larger logit, or of as large a one and first, as for argmax."""
+    return (logits.argsort(dim=1, descending=True, stable=True) == labels[:, None]).int().argmax(dim=1)
+
+
 def distance(images: Tensor, adversarial: Tensor, norm: Norm) -> Tensor:
     """||adversarial_i - images_i|| (N,), in units of images, measured and returned in float64."""
     if norm not in ("l2", "linf"):
@@ -226,7 +231,8 @@ def pgd(best, *, generator, eps=None, steps: int = 20, restarts: int = 1, target
     radius, low = torch.where(best.distances.isinf(), 1, best.distances * (1 - tol)), torch.zeros_like(best.distances)
     if len(unknown := best.rows(best.distances.isinf())):  # from the linearised boundary on
         aimed, grad, _ = best.aim(unknown, best.images[unknown])
-        radius[unknown] = 1.2 * (-aimed / dual_norm(grad, best.norm)).double().nan_to_num(1, 1)
+        scale = 1.2 * (aimed.abs() / dual_norm(grad, best.norm)).double().nan_to_num(1, 1)
+        radius[unknown] = scale.where(scale > 0, 1)
     for _ in range(10):
         rows = best.rows(best.distances > low * (1 + tol))
         failed = _break(best, rows, _radius(radius, best.images), goals, steps, generator)
@@ -581,7 +587,7 @@ class _Best:
             raise ValueError(f"labels must be in 0 .. {classes - 1}, the model's classes")
         self.likeliest = self.logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
         label, rival = _compared(self.logits, labels, topk)
-        self.distances = self.limit.masked_fill(rival > label, 0)
+        self.distances = self.limit.masked_fill(ahead(self.logits, labels) >= topk, 0)
         self.roundoff = _roundoff(self.logits, labels, topk)
         self.firm = 64 * torch.finfo(label.dtype).eps * (label - rival).clamp_min(0)  # what sums differ by as a rule
         if start is not None:

@@ -357,9 +357,11 @@ def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk
     smallest = float(eps[0]) * (math.sqrt(images[0].numel()) if norm == "linf" else 1)
     if smallest >= 1e-2 or images.dtype == torch.float64:
         return model, images, eps
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError("radii below 1e-2 need float64: pass a torch.nn.Module, or float64 images")
-    return copy.deepcopy(model).double(), images.double(), eps
+    try:  # not a function, nor a network that fixes its precision somewhere
+        (exact := copy.deepcopy(model).double())(images[:1].double())
+    except (AttributeError, RuntimeError, TypeError):
+        raise ValueError("radii below 1e-2 need float64, in which this model, or its copy, does not run") from None
+    return exact, images.double(), eps
 
 
 def _check(model: Model, images: Tensor, labels: Tensor | None = None) -> None:
@@ -425,7 +427,7 @@ class GEV(NamedTuple):
 
 
 def fit_gev(maxima) -> GEV:
-    """Maximum likelihood with xi >= -1, on the standardised sample; a point where all maxima are equal.
+    """Maximum likelihood with |xi| <= 1, on the standardised sample; a point where all maxima are equal.
 
     (scipy's genextreme.fit fails silently on small numbers.)  ValueError for fewer than 5 maxima or a non-finite one.
     """
@@ -447,10 +449,10 @@ def fit_gev(maxima) -> GEV:
 
 
 def _negative_log_likelihood(x, sample: np.ndarray) -> float:
-    """Of x = (xi, loc, log scale); 1e300 for xi < -1 and where the sample leaves the support."""
+    """Of x = (xi, loc, log scale); 1e300 for |xi| > 1, where no maximum need exist, and off the sample's support."""
     xi, loc, log_scale = x
     z = (sample - loc) / math.exp(min(50, max(-50, log_scale)))
-    if xi < -1 or abs(log_scale) > 50 or (1 + xi * z).min() <= 0:
+    if abs(xi) > 1 or abs(log_scale) > 50 or (1 + xi * z).min() <= 0:
         return 1e300
     y = z if abs(xi) < 1e-9 else np.log1p(xi * z) / xi
     return min(1e300, len(sample) * log_scale + (1 + xi) * y.sum() + np.exp(np.minimum(-y, 600)).sum())

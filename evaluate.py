@@ -332,7 +332,7 @@ def digest_of(target: Target, world: World) -> str:
     about += [settings.budget, settings.samples, settings.seed, str(torch.__version__), world.device.type]
     if isinstance(source, data.Files):
         paths = [source.path(i) for i in (*target.rows["evaluation"], *target.others)]
-        about += [source.size, [(path.name, path.stat().st_size) for path in paths]]
+        about += [source.size, source.labels.tolist(), [hashlib.sha256(path.read_bytes()).digest() for path in paths]]
     else:
         images = source.images.numpy().tobytes() + source.labels.numpy().tobytes()
     code = b"".join(Path(module.__file__).read_bytes() for module in (attacks, bounds, gradreg))
@@ -374,7 +374,7 @@ def one_attack(name: str, network: nn.Module, images: Tensor, labels: Tensor, **
     start = images if name == "logbarrier" else None
     x = getattr(attacks, name)(network, images, labels, start=start, **how)
     with torch.no_grad():
-        right = attacks.margin(network(x), labels, how["topk"]) <= 0
+        right = attacks.ahead(network(x), labels) < how["topk"]
     return x, attacks.distance(images, x, how["norm"]).masked_fill(right, math.inf)
 
 
@@ -387,7 +387,7 @@ def evaluation_part(unit: Unit, images: Tensor, labels: Tensor, generator: Gener
     with torch.no_grad():
         logits, moved = network(images), network(adversarial)
     arrays |= {"labels": numpy(labels), "predicted": numpy(logits.argmax(1))}
-    arrays["ahead"] = numpy((logits > logits.gather(1, labels[:, None])).sum(1))  # classes before the label
+    arrays["ahead"] = numpy(attacks.ahead(logits, labels))
     for loss, rivals in (("probabilities", 1), ("logits", min(RIVALS, len(target.classes) - target.topk))):
         found = bounds.margins(network, images, labels, **how, loss=loss, rivals=rivals, ahead=loss == "logits")
         arrays |= {f"{loss}_losses": numpy(found.losses), f"{loss}_grad_norms": numpy(found.grad_norms)}

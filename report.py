@@ -50,14 +50,13 @@ def percent(name: str, hits: np.ndarray) -> Row:
     return {name: 100 * float(hits.mean()), f"{name}_low": 100 * float(low), f"{name}_high": 100 * float(high)}
 
 
-def mean(name: str, values: np.ndarray) -> Row:
-    """The mean, with its t interval (from 0, unless a value is below); infinite, and without one, where a value is."""
+def mean(name: str, values: np.ndarray, least: float = 0.0) -> Row:
+    """The mean of values of at least `least`, with its t interval; infinite, and without one, where a value is."""
     values = np.asarray(values, dtype=float)
     if math.isinf(centre := float(values.mean())):
         return {name: centre}
     reach = float(scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else math.inf
-    low = max(centre - reach, 0.0 if values.min() >= 0 else -math.inf)
-    return {name: centre, f"{name}_low": low, f"{name}_high": centre + reach}
+    return {name: centre, f"{name}_low": max(centre - reach, least), f"{name}_high": centre + reach}
 
 
 class Table(NamedTuple):
@@ -270,7 +269,7 @@ def table_5(targets: list[Target]) -> Table:
             largest = max(row["largest_radius"] for row in each)
             rows.append({"model": target.name, "sigma": "best", "largest_radius": largest} | best)
         rows += each
-    title = "Table 5. Certified error % of the smoothed classifier within a radius, l2: confidence 99.9 % an image, "
+    title = "Table 5. Certified top-1 error % of the smoothed classifier, l2: confidence 99.9 % an image, "
     title += f"{targets[0].settings.samples:,} samples; best: the least of the column, chosen on these images"
     return Table("table5", title, [*rows, *paper_rows("5", targets[0].dataset).values()])
 
@@ -282,7 +281,7 @@ def summary_table(targets: list[Target], norm: str) -> Table:
         rows.append(pick(figures_of(target, norm, target.norms[norm].best), SUMMARY))
         first, own = (some.norms[norm].found["distances"] for some in (targets[0], target))
         if target is not targets[0] and np.isfinite(first + own).all():  # of the same images
-            rows[-1] |= mean("mean_distance_beyond_the_first", own - first)
+            rows[-1] |= mean("mean_distance_beyond_the_first", own - first, -math.inf)
         for line, (figure, limit) in target.norms[norm].audit.items():
             rows[-1][f"audit: {line} (at most {limit})"] = f"{'pass' if figure <= limit else 'FAIL'} {number(figure)}"
     title = f"What was measured, {norm}; masking audit of {len(targets[0].rows['audit'])} images: in %, falls in points"
@@ -304,12 +303,6 @@ def tables_of(targets: list[Target]) -> list[Table]:
 def panels(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.6) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def png(figure: Figure) -> bytes:
-    """The same bytes for the same figure: no date, no version in them."""
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=140, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def error_figure(targets: list[Target]) -> Figure:
@@ -464,7 +457,8 @@ def write_report(targets: list[Target], path: Path, world: World) -> None:
         figures |= {f"adversarial-{norm}": (adversarial_figure, *targets, norm) for norm in targets[0].norms}
     for name, (draw, *given) in figures.items():
         if figure := draw(*given):
-            files[f"{name}.png"] = png(figure)
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=140, metadata={"Software": None})  # no version
+            files[f"{name}.png"] = buffer.getvalue()
             parts.append(f"![{name}]({name}.png)\n\n{draw.__doc__}\n")
     files["report.md"] = "\n".join(parts).encode()
     for old in [old for old in path.iterdir() if re.fullmatch(WRITTEN, old.name) and old.name not in files]:

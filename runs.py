@@ -65,7 +65,7 @@ def explain(error: BaseException) -> tuple[str, int | None]:
         return f"{error.filename or 'writing'}: {error.strerror or text}", 1
     if type(error).__name__ == "Abort":  # typer's, wherever its version keeps the class
         return "stopped", 130
-    return text.replace(": Value error, ", ": "), getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
+    return text, getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
 
 
 class Screen(io.TextIOWrapper):
@@ -96,7 +96,7 @@ def run_command(command: Callable[..., None]) -> int:
         if code is None:
             raise
         if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.argv[0]).name}: {message.replace('Value error, ', '')}", file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         print(end="", flush=True)
         os._exit(code)  # all is written; threads of torch have been seen to abort while the interpreter ends

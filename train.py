@@ -212,6 +212,7 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, lam: float = 1.0) -> Penalised:
         n, share = len(images), self.options.penalty_share if self.options.method in PENALISED else 0
         m = math.ceil(n * share)  # the order of an epoch is random: the first images of a batch are a random part of it
+        m = m if m in {0, n} else n if n < 4 else min(max(m, 2), n - 2)  # one image alone has no batch statistics
         if self.options.method == "ascent":  # moved images and others are normalized together
             return self.part(images, labels, "ascent", lam=lam, first=m)
         part = self.part(images[:m], labels[:m], self.options.method) if m else None
@@ -624,9 +625,8 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
             images = attacks.pgd(network, images, labels, generator=generator, **ball)
         with torch.no_grad():
             logits = network(images)
-        losses, five = cross_entropy(logits, labels), logits.topk(min(5, logits.shape[1])).indices
-        wrong, wrong5 = logits.argmax(1) != labels, (five != labels[:, None]).all(1)
-        sums += torch.stack([losses, wrong, wrong5, torch.ones_like(losses)]).double().sum(1)
+        losses, place = cross_entropy(logits, labels), attacks.ahead(logits, labels)
+        sums += torch.stack([losses, place >= 1, place >= 5, torch.ones_like(losses)]).double().sum(1)
     loss, wrong, wrong5, count = world.sum(sums)
     if not count:
         raise Failure("none of the test images can be read", 1)
@@ -637,7 +637,6 @@ def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **bal
 
 FORMAT = 2  # of config.json and checkpoint.pt
 MAY_CHANGE = {"data_dir", "checkpoint_minutes"}  # when a run goes on
-GONE = {"central": False, "compile": False, "penalty_from": 0.0, "accumulate": 1, "penalty_space": "pixel"}
 LINF_RADII = {"digits": [0.03, 0.06, 0.1], "cifar10": [2 / 255, 4 / 255, 8 / 255]}
 LINF_RADII["imagenet"] = [1 / 255, 2 / 255, 4 / 255]
 NAMES = {"none": "", "noise": "-sigma{sigma:g}", "at": "-{norm}-eps{eps:.3g}", "free": "-m{replays}-eps{eps:.3g}"}
@@ -778,14 +777,13 @@ def config_at(path: Path) -> dict[str, Any]:
 
 
 def options_of(config: dict[str, Any]) -> Options:
-    """The options of a run, from its config: it may have those in GONE.  Raises Failure for another version's."""
+    """The options of a run, from its config.  Raises Failure for another version's."""
     try:
-        known = {name: value for name, value in config["options"].items() if (name, value) not in GONE.items()}
-        known["schedule"] = tuple(map(tuple, known["schedule"]))
+        known = config["options"] | {"schedule": tuple(map(tuple, config["options"]["schedule"]))}
         known["phases"] = tuple(Phase(*(phase[f.name] for f in fields(Phase))) for phase in known["phases"])
-        if config["format"] != FORMAT or known["method"] in ("jvp", "fd" * (known["amp"] and known["h"] < ROUGH)):
+        if config["format"] != FORMAT or (known["method"] == "fd" and known["amp"] and known["h"] < ROUGH):
             raise ValueError
-        return Options(**{name: value for name, value in known.items() if name != "workers"})
+        return Options(**known)
     except (KeyError, TypeError, ValueError):
         name = config.get("name")
         raise Failure(f"{name}: begun with another version of this project, which has to end it", 2) from None

@@ -46,6 +46,31 @@ def small_network(generator, shape, classes: int, dtype=torch.float32) -> nn.Seq
     return model
 
 
+@given(st.integers(0, 2**31 - 1), st.integers(2, 6), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None)
+def test_the_classes_before_the_label_are_those_of_argmax_also_where_logits_are_equal(seed, classes, dtype):
+    logits = torch.randint(3, (20, classes), generator=seeded(seed)).to(dtype)
+    labels = torch.randint(classes, (20,), generator=seeded(seed + 1))
+    found = attacks.ahead(logits, labels)
+    assert torch.equal(found == 0, logits.argmax(1) == labels)
+    for row, label, before in zip(logits.tolist(), labels.tolist(), found.tolist(), strict=True):
+        assert before == sorted(range(classes), key=lambda c, row=row: (-row[c], c)).index(label)
+
+
+@pytest.mark.parametrize("name", [*WHITE_BOX, "boundary"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_on_which_all_logits_are_equal_stop_no_attack(name, norm):
+    """A ReLU on the logits makes ties: to first order the image is misclassified, and argmax says that it is not."""
+    network = nn.Sequential(linear(seeded(0), 10, 16), nn.ReLU()).eval()
+    images = torch.rand(40, 16, generator=seeded(1))
+    labels = network(images).argmin(1)
+    for topk in (1, 5):
+        x = run(name, network, images, labels, norm=norm, topk=topk)
+        was, now = (attacks.ahead(network(z), labels) >= topk for z in (images, x))
+        assert torch.equal(x[was], images[was])
+        assert now[was].all()
+
+
 # Closed forms ----------------------------------------------------------------------------------------------
 
 

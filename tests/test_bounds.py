@@ -469,8 +469,12 @@ def test_small_radii_are_measured_in_float64():
     statistics = omega_statistics(model, images, labels, norm="l2", eps=eps.tolist(), loss="logits")
     np.testing.assert_allclose(statistics.omega, 1.5 * eps.numpy() ** 2, rtol=1e-3)
     assert model.centre.dtype == torch.float32  # the caller's model is left alone
-    with pytest.raises(ValueError, match="float64"):
-        omega_statistics(lambda x: model(x), images, labels, norm="l2", eps=[1e-5])
+    fixed = torch.nn.Sequential(torch.nn.Linear(5, 3)).eval()
+    fixed.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    for unfit in (lambda x: model(x), fixed):
+        with pytest.raises(ValueError, match="float64"):
+            omega_statistics(unfit, images, labels, norm="l2", eps=[1e-5])
+    assert omega_statistics(fixed, images, fixed(images).argmax(1), norm="l2", eps=[0.1]).omega[0] > 0
 
 
 def test_the_cheap_statistics_are_a_lower_estimate_of_the_ascent_and_change_nothing():
@@ -874,14 +878,14 @@ def draw_gev(xi, n, seed, loc=0.0, scale=1.0):
 @settings(max_examples=25)
 @given(seeds, tails(-0.6, 0.8), st.integers(20, 300))
 def test_no_search_of_scipys_likelihood_finds_better(seed, xi, n):
-    """Independent density, several starts, on standardised data: our fit's likelihood is the highest with xi >= -1."""
+    """Independent density, several starts, on standardised data: our fit's likelihood is the highest with |xi| <= 1."""
     sample = draw_gev(xi, n, seed)
     gev = fit_gev(sample)
     negative = lambda x: -scipy.stats.genextreme.logpdf(sample, -x[0], x[1], math.exp(x[2])).sum()  # noqa: E731
     ours = negative([gev.xi, gev.loc, math.log(gev.scale)])
     for start in ([xi, 0.0, 0.0], [0.1, np.median(sample), math.log(sample.std())]):
         other = scipy.optimize.minimize(negative, start, method="Nelder-Mead")
-        assert ours <= other.fun + 1e-4 or other.x[0] < -1
+        assert ours <= other.fun + 1e-4 or abs(other.x[0]) > 1
 
 
 @given(tails(-0.9, 0.9), st.floats(1e-4, 0.5))
@@ -919,6 +923,7 @@ def test_heavy_and_bounded_tails_have_the_textbooks_sign(seed):
         np.round(draw_gev(0.0, 100, 1), 1),
         np.append(draw_gev(-0.2, 99, 2), 100.0),
         np.linspace(0, 1, 50) ** 0.2,
+        np.append(np.zeros(50), np.random.default_rng(0).exponential(size=50)),
     ],
     ids=[
         "constant",
@@ -930,12 +935,14 @@ def test_heavy_and_bounded_tails_have_the_textbooks_sign(seed):
         "rounded",
         "one outlier",
         "limit",
+        "half of them the same, the least",
     ],
 )
 def test_awkward_samples_never_give_less_than_their_maximum(sample):
     gev = fit_gev(sample)
     assert math.isfinite(gev.xi + gev.loc + gev.scale)
-    assert gev.xi >= -1
+    assert abs(gev.xi) <= 1
+    assert gev.quantile(1e-3) <= np.mean(sample) + 1e4 * np.std(sample)  # no figure of another world
     column = torch.as_tensor(np.array(sample))[:, None].expand(-1, 2)
     for p in (0.5, 0.01, 0.001):
         found = estimate_by_sampling(column, torch.ones(1), norm="l2", p=p)

@@ -152,6 +152,23 @@ def colour():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
 
+def dead():
+    """Ten logits that are always 0: argmax says 0."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU())
+    with torch.no_grad():
+        network[1].bias -= 1000
+    return network
+
+
+def fixed():
+    return Fixed(1, None)
+
+
+class Fixed(Masked):
+    def forward(self, x):
+        return self.network(x.float())
+
+
 def hopeless():
     network = honest()
     with torch.no_grad():
@@ -493,6 +510,21 @@ def test_a_network_that_is_wrong_on_a_class_is_evaluated(here):
     shown = rows(path / "images.csv")
     assert all(row["distance l2 (pixels 0 to 1)"] == "0.0" for row in shown if row["label"] == "3")
     assert verdicts(path)[BLACK_BOX] == "pass"
+
+
+def test_equal_logits_are_decided_as_argmax_does(here):
+    """A network whose ten logits are always the same is right on the first class alone, and for good there."""
+    path = evaluated(here, "dead", *QUICK)
+    shown = rows(path / "images.csv")
+    for row in shown:
+        first = row["label"] == "0"
+        assert row["predicted"] == "0"
+        assert row["classes ahead of the label"] == row["label"]
+        assert row["distance l2 (pixels 0 to 1)"] == ("inf" if first else "0.0")
+    (summary,) = rows(path / "summary-l2.csv")
+    share = 100 * np.mean([row["label"] != "0" for row in shown])
+    assert float(summary["clean_error_pct"]) == pytest.approx(share)
+    assert float(summary["top-5_error_pct"]) == pytest.approx(100 * np.mean([int(row["label"]) >= 5 for row in shown]))
 
 
 # --- what it costs ----------------------------------------------------------------------------------------
@@ -897,6 +929,25 @@ def test_a_folder_is_shown_in_the_channels_the_network_takes(here, tmp_path, nam
     images, labels = target.fetch(range(8), torch.device("cpu"))
     assert images.shape == (8, channels, 8, 8)
     assert labels.tolist() == [int(image.mean() > 0.5) for image in images]
+
+
+@pytest.mark.parametrize("what", ["pixels", "labels"])
+def test_other_images_of_the_same_names_and_sizes_are_measured_again(here, tmp_path, what):
+    folder(tmp_path / "data", {"dark": 30, "light": 220}, size=100)
+    digests = []
+    for change in (False, False, True):
+        files = sorted((tmp_path / "data").rglob("*.png"))
+        if change and what == "labels":
+            dark, light = (tmp_path / "data" / "test" / name for name in ("dark", "light"))
+            dark.rename(tmp_path / "aside"), light.rename(dark), (tmp_path / "aside").rename(light)
+        for file in files * (what == "pixels"):
+            pixels = 255 - np.asarray(Image.open(file)) if change else np.asarray(Image.open(file))
+            Image.fromarray(pixels).save(file.with_suffix(".bmp"))
+            file.with_suffix(".bmp").rename(file)  # uncompressed: always of the same size
+        asked = settings(dataset=str(tmp_path / "data"), size=16, out=tmp_path, images=4)
+        evaluate.prepare(target := evaluate.open_factory(f"{here}/theirs.py:colour", asked), runs.World("cpu"))
+        digests.append(evaluate.digest_of(target, runs.World("cpu")))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_parts_of_large_images_hold_as_many_numbers_as_memory_and_time_allow(here, tmp_path):

@@ -48,8 +48,10 @@ def test_no_interval_of_a_distance_reaches_below_zero(distances):
 
 def test_the_interval_of_differences_is_that_of_the_paired_t_test():
     a, b = np.random.default_rng(0).uniform(0, 1, (2, 30))
-    known = stats.ttest_rel(b, a).confidence_interval(0.95)
-    assert list(report.mean("x", b - a).values()) == pytest.approx([(b - a).mean(), known.low, known.high])
+    for nearer, further in ((a, b), (np.zeros(5), np.eye(5)[0])):  # also where none is negative
+        known = stats.ttest_rel(further, nearer).confidence_interval(0.95)
+        found = list(report.mean("x", further - nearer, -math.inf).values())
+        assert found == pytest.approx([(further - nearer).mean(), known.low, known.high])
 
 
 def test_a_mean_with_an_unknown_distance_is_not_a_number_to_quote():
@@ -228,14 +230,24 @@ def test_table_5_has_each_sigma_and_at_each_radius_the_least_error_of_them():
 # --- figures ----------------------------------------------------------------------------------------------
 
 
-def test_a_figure_is_the_same_file_every_time():
-    def drawn():
+def test_a_figure_is_the_same_file_every_time(monkeypatch, tmp_path):
+    def drawn(_):
+        """A line."""
         figure, axes = report.panels(2)
         axes[0, 0].plot([0, 1], [1, 0])
-        return report.png(figure)
+        return figure
 
-    assert drawn() == drawn()
-    assert drawn().startswith(b"\x89PNG")
+    monkeypatch.setattr(report, "error_figure", drawn)
+    monkeypatch.setattr(report, "bounds_figure", lambda _: None)
+    monkeypatch.setattr(report, "tables_of", lambda _: [])
+    monkeypatch.setattr(report, "preamble", lambda *_: "# Two")
+    seen = []
+    for _ in range(2):
+        report.write_report([None, None], tmp_path, None)
+        seen.append((tmp_path / "errors.png").read_bytes())
+    assert seen[0] == seen[1]
+    assert seen[0].startswith(b"\x89PNG")
+    assert (tmp_path / "report.md").read_text().splitlines() == ["# Two", "![errors](errors.png)", "", "A line."]
 
 
 def test_the_first_images_that_are_broken_are_pictured_with_what_broke_them():

@@ -153,6 +153,23 @@ def test_the_penalty_in_the_log_is_what_is_added_to_the_loss(monkeypatch, tmp_pa
     assert all(r["fd_error_pct"] is None if "ascent" in part else 0 < r["fd_error_pct"] < 30 for r in steps)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.97, 0.99])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 50])
+@pytest.mark.parametrize("method", ["fd", "exact", "ascent"])
+def test_no_image_is_normalized_alone_whatever_the_share(method, n, share):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+    seen = []
+    network[2].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    x, labels = torch.rand(n, 1, 2, 2), torch.randint(3, (n,))
+    objective = train.Objective(network.train(n > 1), method=method, penalty_share=share)
+    out = objective(x, labels)
+    out.objective(1.0).backward()
+    assert len(out.losses) == len(out.penalties) == n
+    assert min(seen) >= min(n, 2)
+    m = math.ceil(n * share)
+    assert (out.penalties > 0).sum() == (n if n < 4 or m == n else min(max(m, 2), n - 2))
+
+
 def test_noise_training_adds_that_noise_to_the_images(monkeypatch, tmp_path):
     seen = spied(monkeypatch)
     for method, more in (("none", []), ("noise", ["--sigma", 0.3])):
@@ -394,9 +411,8 @@ def test_a_folder_that_is_no_run_is_one_line_and_stays_as_it_is(monkeypatch, tmp
 
 def test_a_run_of_before_some_options_is_one_with_their_defaults(monkeypatch, tmp_path, whole, capsys):
     run, new = copy_of(whole, tmp_path), {"lam_warmup", "unsquared", "statistics", "init", "nesterov", "cutout"}
-    old = {"central": False, "penalty_from": 0.0, "compile": False, "accumulate": 1, "workers": 7}  # which are no more
     state = models.read_checkpoint(run / "checkpoint.pt")
-    state["config"]["options"] = {k: v for k, v in state["config"]["options"].items() if k not in new} | old
+    state["config"]["options"] = {k: v for k, v in state["config"]["options"].items() if k not in new}
     state["config"]["options"]["phases"][0]["rectangular"] = False
     torch.save(state, run / "checkpoint.pt")
     (run / "config.json").write_text(json.dumps(state["config"]))
@@ -405,7 +421,7 @@ def test_a_run_of_before_some_options_is_one_with_their_defaults(monkeypatch, tm
     assert "exists, with other options (lr, schedule, unsquared); " in one_line(capsys)
     assert command(monkeypatch, *again) == 0
     assert "is finished: nothing to resume" in capsys.readouterr().out
-    gone = {"central": True}, {"penalty_from": 0.5}, {"compile": True}, {"accumulate": 2}, {"method": "jvp"}
+    gone = {"central": False}, {"penalty_from": 0.5}, {"accumulate": 1}  # options that are no more
     for other in (*gone, {"amp": True, "h": 0.05}):  # which once rounded the direction alone
         changed = state["config"] | {"options": state["config"]["options"] | other}
         torch.save(state | {"config": changed}, run / "checkpoint.pt")
