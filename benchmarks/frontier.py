@@ -51,6 +51,8 @@ def cost_of(run: Path) -> float:
 
 def read(run: Path) -> Point:
     """A run that has been evaluated in both norms."""
+    if not (run / "evaluation" / "images.csv").exists():
+        raise typer.BadParameter(f"{run}: not evaluated yet, or no run: python evaluate.py {run}")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clean = [record["clean_error_pct"] for record in records if record["kind"] == "epoch"][-1]
     with open(run / "evaluation" / "images.csv", newline="") as file:

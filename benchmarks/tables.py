@@ -14,7 +14,8 @@ with the paper's.
 On digits, whose images have 64 pixels, adversarial training uses eps 0.03 and 0.1 in the place of 2/255 and 8/255, and
 errors at 8/255 and 32/255 stand where the paper has 2/255 and 8/255; the finite difference step is the recipe's 0.1,
 and there is no Table 4.  On CIFAR-10 the network is the authors', with their last layers, or with --fast that of the
-fast recipe.  Bounds and Table 3's regularity are the paper's, sampled, beside the paper's.
+fast recipe.  Bounds and Table 3's regularity are the paper's, sampled, beside the paper's; a last table has all
+estimates of bounds.
 """
 
 import csv
@@ -186,6 +187,33 @@ def table_of(dataset: str, prefix: str, number: int, out: Path, seeds: int) -> l
     return [*lines, last, ""] if len(rows) > 2 else [*lines, ""]
 
 
+def bounds_table(rows: list[Row], prefix: str, out: Path, seeds: int) -> list[str]:
+    """Lines of Markdown: how far and how often false each estimate's omega-bounds are, for rows of Tables 1 and 2."""
+    files = [(row, out / f"{prefix}-{row.name}-seed{seed}") for row in rows for seed in range(seeds)]
+    known: dict[str, dict[tuple[str, int], dict[str, str]]] = {}
+    for row, folder in [(row, folder) for row, folder in files if (folder / "table2.csv").exists()]:
+        for table in (1, 2):
+            with open(folder / f"table{table}.csv", newline="") as lines:
+                for cells in csv.DictReader(lines):
+                    if cells.get("bound") and not cells["model"].startswith("paper"):
+                        known.setdefault(f"{row.name}, {folder.name[-5:]}", {})[cells["bound"], table] = cells
+    names, figures = ("two tangents", "ascent", "sampled"), ("mean bound / distance, l2", "false % l2", "false % linf")
+    parts = [f"{name}: {figure}" for name in names for figure in figures]
+    lines = [f"| omega-bounds, {prefix} | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
+
+    def cell(found: dict[tuple[str, int], dict[str, str]], name: str, what: int) -> float:
+        cells = found.get((name, 2 if what < 2 else 1), {})
+        values = [float(cells.get(c) or "nan") for c in ("mean_distance_omega_bound", "mean_distance_empirical")]
+        return values[0] / values[1] if what == 0 else float(cells.get("false_pct_omega_bound") or "nan")
+
+    table = [[cell(found, name, what) for name in names for what in range(3)] for found in known.values()]
+    there = [[v for v in column if v == v] for column in zip(*table, strict=True)]  # without NaN
+    means = [sum(values) / len(values) if values else np.nan for values in there]
+    for title, values in [*zip(known, table, strict=True), ("*mean*", means)]:
+        lines.append(f"| {title} | {' | '.join('' if v != v else f'{v:.2f}' for v in values)} |")
+    return [*lines, ""] if known else []
+
+
 def main(
     dataset: Annotated[str, typer.Argument(help="digits or cifar10.")] = "digits",
     data_dir: Annotated[Path, typer.Option(help="Where the images are.")] = Path("data"),
@@ -229,7 +257,8 @@ def main(
             for file in (*(runs / name / "evaluation").glob("*.csv"), runs / name / "evaluation" / "report.md"):
                 if file.name != "images.csv":
                     shutil.copy(file, out / name)
-    text = "\n".join(line for number in numbers for line in table_of(dataset, prefix, number, out, seeds))
+    lines = [line for number in numbers for line in table_of(dataset, prefix, number, out, seeds)]
+    text = "\n".join(lines + bounds_table(rows, prefix, out, seeds))
     (out / f"tables-{prefix}.md").write_text(text)
     print(text)
 

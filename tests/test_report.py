@@ -203,6 +203,25 @@ def test_sampled_bounds_stand_beside_the_papers_and_no_others(tmp_path):
     assert found["b"] == {"model": "b", "bound": "calibrated", "empirical_error_pct_2_255": "11"}
 
 
+def test_all_estimates_of_bounds_stand_in_the_last_table_with_their_means(tmp_path):
+    from benchmarks import tables
+
+    rows = [row for row in tables.rows_of("cifar10") if row.name in ("none", "fd-l2-lam1", "fd-l2-lam0.1")]
+    head = "model,bound,mean_distance_omega_bound,mean_distance_empirical,false_pct_omega_bound"
+    for name, scale in (("none", 1), ("fd-l2-lam1", 2)):
+        (folder := tmp_path / f"p-{name}-seed0").mkdir()
+        l2 = [head, f"{name},two tangents,0.{scale},0.5,{scale}", f"{name},sampled,1,0.5,50", "paper: x,,,9,"]
+        linf = ["model,bound,false_pct_omega_bound", f"{name},sampled,{10 * scale}"]
+        for table, lines in ((2, l2), (1, linf)):
+            (folder / f"table{table}.csv").write_text("\n".join(lines))
+    body = [line.split(" | ") for line in tables.bounds_table(rows, "p", tmp_path, 2)[2:-1]]
+    assert body == [
+        ["| none, seed0", "0.20", "1.00", "", "", "", "", "2.00", "50.00", "10.00 |"],
+        ["| fd-l2-lam1, seed0", "0.40", "2.00", "", "", "", "", "2.00", "50.00", "20.00 |"],
+        ["| *mean*", "0.30", "1.50", "", "", "", "", "2.00", "50.00", "15.00 |"],
+    ]
+
+
 def smoothed(cap, radii, right):
     return {"cap": np.array([cap]), "radii": np.array(radii), "right": np.array(right)}
 
