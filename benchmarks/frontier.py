@@ -21,7 +21,7 @@ from scipy import stats
 
 UNITS = {"fd": 4, "exact": 3, "ascent": 2}  # of a penalty, beside the three of a plain step
 RADII = (2, 4, 8)  # 255ths, linf
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLOURS = {"none": "0.3", "fd": "#0072b2", "exact": "#009e73", "ascent": "#56b4e9", "at": "#d55e00", "free": "#cc79a7"}
 
 
@@ -94,25 +94,29 @@ def draw(points: list[Point], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    same = [[p.cost for p in points[:i]].count(point.cost) for i, point in enumerate(points)]  # cost: side by side
+    count = [[p.cost for p in points].count(point.cost) for point in points]
+    costs = [p.cost * 1.035 ** (k - (n - 1) / 2) for p, k, n in zip(points, same, count, strict=True)]
     measured = (
         (axes[0], "error at linf 4/255, %", lambda p: share(p.distances["linf"] <= 4 / 255)),
         (axes[1], "mean l2 distance", lambda p: mean(p.distances["l2"])),
     )
     for axis, title, of in measured:
-        for letter, point in zip(LETTERS, points, strict=False):
+        for letter, point, cost in zip(LETTERS, points, costs, strict=False):
             value, low, high = of(point)
-            how = {"fmt": "o", "color": COLOURS.get(point.method, "0.5"), "elinewidth": 0.8}
+            how = {"fmt": "o", "color": COLOURS.get(point.method, "0.5"), "elinewidth": 0.8, "markersize": 5}
             how |= {"markerfacecolor": "white"} if "h 0.01" in point.name else {}
-            shown = axis.errorbar(point.cost, value, [[value - low], [high - value]], **how)
+            shown = axis.errorbar(cost, value, [[value - low], [high - value]], **how)
             shown.set_label(f"{letter}  {point.name}: {point.clean:.0f} %")
-            axis.annotate(letter, (point.cost, value), xytext=(5, 3), textcoords="offset points", fontsize=9)
-        axis.set(xscale="log", xlabel="cost of training, plain epochs", ylabel=title)
+            axis.annotate(letter, (cost, value), xytext=(4, 3), textcoords="offset points", fontsize=9)
+        axis.set(xscale="log", xlabel="cost of training, plain epochs (the same cost: side by side)", ylabel=title)
         axis.set_xticks([5, 10, 20, 40, 80], labels=["5", "10", "20", "40", "80"])
         axis.minorticks_off()
         axis.set_xlim(0.8 * min(p.cost for p in points), 1.3 * max(p.cost for p in points))
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", title="clean error", fontsize=8)
+    how = {"loc": "outside lower center", "ncols": 3, "title": "clean error", "fontsize": 8, "frameon": False}
+    figure.legend(*axes[0].get_legend_handles_labels(), **how)
     figure.savefig(path, dpi=110)
 
 
@@ -120,6 +124,7 @@ def main(
     runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where to draw.")] = None,
     keep: Annotated[Path | None, typer.Option(help="A file of such points: they join, and all are kept there.")] = None,
+    without: Annotated[str, typer.Option(help="Names with this in them are left out of the picture.")] = "",
     strip: Annotated[str, typer.Option(help="What all names share, and no table needs.")] = "",
 ) -> None:
     points = [read(run) for run in runs or ()]
@@ -135,7 +140,7 @@ def main(
     print(f"| network | plain epochs | clean error % | mean l2 distance | {errors} |", "|---" * 7 + "|", sep="\n")
     print(*map(line, points), sep="\n")
     if picture:
-        draw(points, picture)
+        draw([point for point in points if not without or without not in point.name], picture)
 
 
 if __name__ == "__main__":
