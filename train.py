@@ -436,6 +436,14 @@ def may_round(options: Options) -> bool:
     return options.method != "fd" or options.h >= ROUGH
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; a CPU without them takes ten times as long as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def set_precision(options: Options) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = may_round(options)
     if options.model == "cnn":
@@ -689,7 +697,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         size = size or min(224, images.short_side)
     method = given.get("method", recipe.method)
     own = {"norm": "linf" if method in {"at", "free"} else "l2", "h": 0.5 if method == "ascent" else recipe.h}
-    own["amp"] = recipe.amp and (method != "fd" or given.get("h", recipe.h) >= ROUGH)
+    own["amp"] = recipe.amp and (method != "fd" or given.get("h", recipe.h) >= ROUGH) and has_bfloat16(world.device)
     own["channels_last"] = recipe.channels_last and method != "exact"  # which mixes the layouts, and is slower so
     if method not in PENALISED:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
@@ -742,6 +750,9 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
         notes = models.initialise(network, options.init, classes=config["classes"], new_head=options.new_head)
     if options.method == "fd" and options.h < 1e-3:
         notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
+    if (options.amp or (options.recipe == "fast" and may_round(options))) and not has_bfloat16(world.device):
+        slow = "--amp makes it many times slower" if options.amp else "the recipe trains in float32, a third as fast"
+        notes.append(f"this device has no instructions for bfloat16: {slow}")
     if stranger:
         notes += try_out(network.to(world.device), options, images, world)
     return config | {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}

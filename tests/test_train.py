@@ -885,7 +885,7 @@ def test_the_penalty_buys_robustness(monkeypatch, tmp_path, capsys):
     assert fd[0] < none[0] + 8  # clean; few images and epochs: it differs by machine
 
 
-def test_the_fast_recipe_rounds_where_a_step_has_the_digits():
+def test_the_fast_recipe_rounds_where_a_step_has_the_digits(monkeypatch):
     source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
     images, world = data.Data(source, source, list("ab"), 3), runs.World("cpu")
 
@@ -893,6 +893,10 @@ def test_the_fast_recipe_rounds_where_a_step_has_the_digits():
         options = train.resolve({"dataset": "cifar10", "recipe": "fast"} | given_, images, world)
         return options.h, options.amp, options.channels_last
 
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    assert of() == (0.3, False, True)  # a CPU that has to emulate it takes ten times as long
+    assert of(amp=True) == (0.3, True, True)
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: device == torch.device("cpu"))
     assert of() == of(method="fd", h=0.3) == (0.3, True, True)
     assert of(h=0.05) == (0.05, False, True)
     assert of(method="exact")[1:] == (True, False)
