@@ -4,9 +4,9 @@ For an image x of class c the attacks look for
 
     min ||delta||   such that   m(x + delta) > 0   and   x + delta in [0, 1]^n,   in l2 or linf            (1)
 
-where m(x) = (k-th largest logit among the other classes) - (logit of c) is the margin, positive iff c is not among the
-top k.  Whatever they find is an UPPER bound of the true distance, and nothing more: a weak attack makes a weak network
-look robust.  So every attack keeps its best iterate and runs it again in other company.
+where m(x) = (k-th largest logit among the other classes) - (logit of c) is the margin, positive iff c is not in the
+top k, but for ties.  Whatever they find is an UPPER bound of the true distance, and nothing more: a weak attack makes a
+weak network look robust.  So every attack keeps its best iterate and runs it again in other company.
 
 One idea carries fab (not in the paper), logbarrier and the refinement after every attack: where m is linearised, (1)
 is solved exactly, box included, in both norms (`nearest`).  So one gradient buys a whole step along the boundary.
@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+import gradreg
 from gradreg import column, direction, dual_norm, gradient, input_gradient, project, steepest, uniform_ball, vector_norm
 
 Norm = Literal["l2", "linf"]
@@ -50,7 +51,7 @@ class Smallest(NamedTuple):
 
 
 def margin(logits: Tensor, labels: Tensor, topk: int = 1) -> Tensor:
-    """The k-th largest logit of another class, minus the label's (N,): positive iff not in the top k."""
+    """The k-th largest logit of another class, minus the label's (N,): positive where it is not in the top k."""
     label, rival = _compared(logits, labels, topk)
     return rival - label
 
@@ -234,7 +235,7 @@ def pgd(best, *, generator, eps=None, steps: int = 20, restarts: int = 1, target
         scale = 1.2 * (aimed.abs() / dual_norm(grad, best.norm)).double().nan_to_num(1, 1)
         radius[unknown] = scale.where(scale > 0, 1)
     for _ in range(10):
-        rows = best.rows(best.distances > low * (1 + tol))
+        rows = best.rows(best.distances * (1 - tol) > low)
         failed = _break(best, rows, _radius(radius, best.images), goals, steps, generator)
         low[failed] = radius[failed]
         between = torch.where(low > 0, (low * best.distances).sqrt(), best.distances * 0.9)
@@ -251,7 +252,7 @@ def ascend(
     uniform noise; norm may be l1, too.  The model's mode is neither looked at nor changed: in training mode these steps
     forward and backward passes update the running statistics of batch normalization.
     """
-    _check_images(images)
+    gradreg.check_images(images)
     if step_size is not None and not 0 <= step_size < math.inf:
         raise ValueError(f"step_size must be finite and not negative, not {step_size}")
     images, radius = images.detach(), _radius(eps, images)
@@ -367,7 +368,8 @@ def _moves(images: Tensor, votes: int, before: Tensor, generator: Generator) -> 
     if coarse != sides:
         u = torch.nn.functional.interpolate(u, size=sides, mode="bilinear")
     u = u.flatten(1).to(images)
-    return torch.linalg.qr((u - u @ before.T @ before).T).Q.T
+    once = torch.linalg.qr((u - u @ before.T @ before).T).Q.T  # few digits: smooth, u is nearly in the span of `before`
+    return torch.linalg.qr((once - once @ before.T @ before).T).Q.T
 
 
 def _round(best, rows, x0, z, normal, reach, moves) -> tuple[Tensor, Tensor, Tensor]:
@@ -732,24 +734,11 @@ def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
     return eps / 2
 
 
-def _check_images(images: Tensor, name: str = "images") -> None:
-    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64)
-    if not (known and ((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"{name} must be a float32 or float64 tensor, finite and in [0, 1]; normalise in the model")
-
-
 def _check_data(model, images: Tensor, labels: Tensor, norm: Norm, start: Tensor) -> None:
-    if training := [name for name, module in getattr(model, "named_modules", tuple)() if module.training]:
-        part = f"a part of the model ({', '.join(training[:3])}) is" if training[0] else "the model is"
-        raise ValueError(f"{part} in training mode: call model.eval()")
-    _check_images(images)
-    _check_images(start, "start")
+    gradreg.check_data(model, images, labels)
+    gradreg.check_images(start, "start")
     if start.shape != images.shape:
         raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
-    known = isinstance(labels, Tensor)
-    if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
-        given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
-        raise ValueError(f"labels must be an int64 tensor, one per image, at least one; not {given}")
     distance(images[:0], images[:0], norm)  # raises where norm is none
 
 

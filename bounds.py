@@ -90,7 +90,7 @@ def margins(
     nearest to x.  With ahead, for a pass more each way, a last column has what the tangent of l says of x at the point
     where the linearised margin of the nearest rival is 0.  Raises ValueError, in one line, for what cannot be bounded.
     """
-    _check(model, images, labels)
+    gradreg.check_data(model, images, labels)
     parts = []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         with torch.enable_grad():
@@ -98,6 +98,8 @@ def margins(
             logits = model(x)
             losses = [margin_loss(logits, y, topk + j, loss=loss) for j in range(rivals)]
             grads = [gradient(values, x, retain_graph=True) for values in losses]
+        if torch.stack(grads).isnan().any():
+            raise ValueError("the gradient of the margin is not a number on some images")
         found = [(torch.stack(losses, 1).detach(), torch.stack([dual_norm(grad, norm) for grad in grads], 1))]
         if ahead:
             loss_fn = _margin_of(model, y, topk, loss)
@@ -159,9 +161,8 @@ def invert_omega(gaps: Tensor, grad_norms: Tensor, eps: Tensor, omega: Tensor) -
     """
     if not (eps.diff() > 0).all():
         raise ValueError("the radii must increase")
-    below = torch.cat([eps.new_zeros(1), eps[:-1]])
     reach = torch.minimum((gaps[..., None] - omega.cummax(0).values) / grad_norms[..., None], eps)
-    return torch.where(reach > below, reach, 0).amax(-1)
+    return torch.where(reach > 0, reach, 0).amax(-1)  # one that ends before its radius begins is not the largest
 
 
 def _check_match(margins: Margins, estimate: Estimate) -> None:
@@ -314,25 +315,17 @@ def estimate_by_calibration(
     return Estimate("calibration", *how, rivals=margins.losses.shape[1], ahead=margins.ahead)
 
 
-class OmegaStatistics(NamedTuple):
-    """What a training run logs: omega (K floats), and gradient norms of the margin."""
-
-    omega: list[float]
-    grad_norm_mean: float
-    grad_norm_max: float
-
-
 def omega_statistics(
     model: Model, images: Tensor, labels: Tensor, *, norm: Norm, eps: Sequence[float], topk: int = 1,
     loss: Loss = "probabilities", steps: int = 3,
-) -> OmegaStatistics:  # fmt: skip
-    """omega' of `estimate_by_ascent` at increasing radii, over all images, correct or not: a cheap indicator.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """omega' of `estimate_by_ascent` (K,) at increasing radii, and ||g||_* (N,), of all images, correct or not: cheap.
 
     One ascent from +g, carried on from radius to radius: K (steps + 1) + 1 forward passes of the whole batch.
     """
     model, images, radii = _prepare(model, images, labels, eps, norm, topk)
     _, grad_norms, _, brackets = _probe(_margin_of(model, labels, topk, loss), images, radii, norm, steps, 0, None)
-    return OmegaStatistics(brackets.amax(0).tolist(), float(grad_norms.mean()), float(grad_norms.max()))
+    return brackets.amax(0), grad_norms
 
 
 def default_radii(
@@ -349,7 +342,7 @@ def default_radii(
 
 def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk: int) -> tuple[Model, Tensor, Tensor]:
     """Model, images and radii (`default_radii` for None) of an estimate, checked, in the precision that it needs."""
-    _check(model, images, labels)
+    gradreg.check_data(model, images, labels)
     eps = default_radii(model, images, labels, norm=norm, topk=topk) if eps is None else torch.as_tensor(eps).to(images)
     if not (len(eps) and eps[0] > 0 and eps[-1] < math.inf and (eps.diff() > 0).all()):
         raise ValueError(f"the radii must be positive, finite and increase, not {eps.tolist()}")
@@ -362,19 +355,6 @@ def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk
     except (AttributeError, RuntimeError, TypeError):
         raise ValueError("radii below 1e-2 need float64, in which this model, or its copy, does not run") from None
     return exact, images.double(), eps
-
-
-def _check(model: Model, images: Tensor, labels: Tensor | None = None) -> None:
-    training = [name for name, part in getattr(model, "named_modules", tuple)() if part.training]
-    if training:
-        raise ValueError(f"the model is in training mode ({training[0] or 'all of it'}): call model.eval() first")
-    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64) and len(images)
-    if not (known and ((images >= 0) & (images <= 1)).all()):
-        raise ValueError("images must be a float32 or float64 tensor in [0, 1], at least one; normalise in the model")
-    known = isinstance(labels, Tensor)
-    if labels is not None and not (known and labels.shape == images.shape[:1] and labels.dtype == torch.int64):
-        given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
-        raise ValueError(f"labels must be an int64 tensor, one for each of {len(images)} images, not {given}")
 
 
 @torch.no_grad()  # but for `input_gradient`
@@ -451,11 +431,9 @@ def fit_gev(maxima) -> GEV:
 def _negative_log_likelihood(x, sample: np.ndarray) -> float:
     """Of x = (xi, loc, log scale); 1e300 for |xi| > 1, where no maximum need exist, and off the sample's support."""
     xi, loc, log_scale = x
-    z = (sample - loc) / math.exp(min(50, max(-50, log_scale)))
-    if abs(xi) > 1 or abs(log_scale) > 50 or (1 + xi * z).min() <= 0:
+    if abs(xi) > 1 or abs(log_scale) > 50:
         return 1e300
-    y = z if abs(xi) < 1e-9 else np.log1p(xi * z) / xi
-    return min(1e300, len(sample) * log_scale + (1 + xi) * y.sum() + np.exp(np.minimum(-y, 600)).sum())
+    return min(1e300, -stats.genextreme.logpdf(sample, -xi, loc, math.exp(log_scale)).sum())  # fit() is what fails
 
 
 class Certificates(NamedTuple):
@@ -477,7 +455,7 @@ def certify_smoothing(
     its probability; the radius is sigma Phi^-1(pA), at most cap = sigma Phi^-1(alpha^(1/n)), and where pA <= 1/2 it
     abstains.  x + noise may leave [0, 1], as in training with noise.  Cost: n0 + n forward passes per image.
     """
-    _check(model, images)
+    gradreg.check_data(model, images, torch.zeros(len(images), dtype=torch.int64))  # it needs no labels
     if not (0 < sigma < math.inf and 0 < alpha < 1 and min(n0, n, batch_size) >= 1):
         given = f"{sigma}, {alpha}, {n0}, {n}, {batch_size}"
         raise ValueError(f"sigma > 0, 0 < alpha < 1 and n0, n, batch_size of 1 or more are needed, not {given}")

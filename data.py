@@ -70,9 +70,11 @@ def augment(images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 12
     """Images (N, C, H, W) augmented by the uniform numbers u (N, 5): like images, but float.
 
     Random crop after padding by `border` with value `fill` (None: with the image, reflected), horizontal flip, and
-    cutout: a square of side `cutout`, centred anywhere and clipped at the border, is filled with its own mean colour.
+    cutout: a square of side `cutout` (at most half the image's), centred anywhere and clipped at the border, is filled
+    with its own mean colour.
     """
     h, w = images.shape[2:]
+    cutout = min(cutout, h // 2, w // 2)
     padded = pad(images, (border,) * 4, **({"mode": "reflect"} if fill is None else {"value": fill}))
     windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 2 border + 1, 2 border + 1, H, W): a view
     down, right = (u[:, :2] * (2 * border + 1)).long().T

@@ -84,7 +84,7 @@ class Settings:
     images: Annotated[int, IMAGES(help="Images to evaluate; at most half of the test images.", min=2)] = 1000
     calibration: Annotated[int, IMAGES(help="Other images, attacked to calibrate the bounds: 199 or more; 0 for no bounds.", min=0)] = 200
     topk: Annotated[int | None, IMAGES(help="Count an image as right when its label is in the top K (default 1; imagenet 5).", min=1)] = None
-    seed: Annotated[int, IMAGES(help="Draws the images, and every random start.", min=0)] = 0
+    seed: Annotated[int, IMAGES(help="Draws the images, and every random start.", min=0, max=2**64 - 1)] = 0
     norm: Annotated[list[str], WORK(help="Norms of the attacks: l2, linf.")] = tuple(RADII)
     budget: Annotated[int | None, WORK(help=f"Calls that the attacks may spend on an image and norm, forward and backward passes (default {attacks.CALLS}).", min=10)] = None
     suite: Annotated[Literal["best", "paper"], WORK(help="best: the nearest image that --budget calls find.  paper: PGD, Carlini-Wagner, Boundary and LogBarrier, each alone on every image.")] = "best"
@@ -99,7 +99,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """What is given several times counts once.  Raises Failure for options that mean nothing."""
-        data.check_split(self.dataset, self.split)
+        data.check_split(self.dataset, self.split if any(models.is_file(str(t)) for t in self.targets) else 0)
         if 0 < self.blocks < 5:
             raise Failure(f"--blocks must be 0, or 5 or more, not {self.blocks}", 2)
         if self.suite == "paper" and self.budget:
@@ -241,6 +241,8 @@ def open_targets(settings: Settings) -> list[Target]:
         targets.append(open_run(path, settings) if (path / "checkpoint.pt").exists() else open_factory(spec, settings))
         alike = sum(target.name.partition("#")[0] == targets[-1].name for target in targets)
         targets[-1].name += f"#{alike}" * (alike > 1)
+    if (settings.split or settings.dataset != Settings.dataset) and all(target.config for target in targets):
+        raise Failure("--data and --split are for FILE.py:FACTORY; a run knows its own (moved: --data-dir)", 2)
     sizes = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'held in memory')}" for t in targets]
     if len({*sizes}) > 1:
         raise Failure(f"different images cannot be compared: {'; '.join(sizes)}; one by one, or with one --size", 2)
@@ -392,7 +394,7 @@ def evaluation_part(unit: Unit, images: Tensor, labels: Tensor, generator: Gener
         found = bounds.margins(network, images, labels, **how, loss=loss, rivals=rivals, ahead=loss == "logits")
         arrays |= {f"{loss}_losses": numpy(found.losses), f"{loss}_grad_norms": numpy(found.grad_norms)}
     if unit.norm == "l2":
-        arrays["omega"] = np.array([bounds.omega_statistics(network, images, labels, **how, eps=OMEGA_RADII).omega])
+        arrays["omega"] = np.array([numpy(bounds.omega_statistics(network, images, labels, **how, eps=OMEGA_RADII)[0])])
     if unit.rows[0] in target.rows["evaluation"][:SHOWN]:
         arrays |= {"images": numpy(images), "adversarial": numpy(adversarial), "moved": numpy(moved.argmax(1))}
     return arrays

@@ -174,7 +174,7 @@ def ascent_penalty(
 
     Danskin's theorem: v is held where it is.  For h = inf both gradients agree to first order in lam (in linf over n,
     as everywhere here); h keeps v short where the loss is far from linear, as in the first epochs.  squared=False has
-    the hard constraint ||v|| <= lam/2: in linf the fast gradient sign method.  By more steps it is Sinha, Namkoong and
+    the hard constraint ||v||_2 <= lam/2: in linf the fast gradient sign method.  By more steps: Sinha, Namkoong and
     Duchi (2018).  No digits cancel: loss_fn may compute in bfloat16.  A training step costs 5 forward passes' worth.
     `first` of n images may be moved alone, by n / first times lam: 3 + 2 first / n; random layers then draw anew.
     """
@@ -186,8 +186,25 @@ def ascent_penalty(
     ahead = _per_image(loss_fn(torch.cat([x[:m] + column(reach, x) * d, x[m:]]).detach()), x)
     penalties = ahead.new_zeros(len(x)).detach()
     penalties[:m] = scale * (slopes.square() if squared else slopes)
-    behind = torch.cat([losses, ahead[m:].detach()])
-    return Penalised(ahead - (ahead.detach() - behind), penalties, grad)
+    return Penalised(torch.cat([losses, ahead[m:].detach()]) + (ahead - ahead.detach()), penalties, grad)
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64)
+    if not (known and ((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f"{name} must be a float32 or float64 tensor, finite and in [0, 1]; normalise in the model")
+
+
+def check_data(model: Callable, images: Tensor, labels: Tensor) -> None:
+    """ValueError, in one line, for what attacks and bounds cannot work with; not for labels that are no classes."""
+    if training := [name for name, module in getattr(model, "named_modules", tuple)() if module.training]:
+        part = f"a part of the model ({', '.join(training[:3])}) is" if training[0] else "the model is"
+        raise ValueError(f"{part} in training mode: call model.eval()")
+    check_images(images)
+    known = isinstance(labels, Tensor)
+    if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
+        raise ValueError(f"labels must be an int64 tensor, one per image, at least one; not {given}")
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

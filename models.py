@@ -180,12 +180,11 @@ def with_activation(network: nn.Module, activation: str) -> nn.Module:
 
 def hidden_relus(network: nn.Module, images: Tensor) -> int:
     """How often a forward pass calls relu or what is like it: after `with_activation`, as functions."""
-    aten = torch.ops.aten
-    likes = aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.leaky_relu, aten.leaky_relu_
-    counts = dict.fromkeys(likes, lambda *_, **__: 1)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counts) as counter:
+    kinds = "relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_"
+    likes = {getattr(torch.ops.aten, kind): lambda *_, **__: 1 for kind in kinds}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=likes) as seen:
         network(images)
-    return sum(counter.get_flop_counts()["Global"].get(like, 0) for like in likes)
+    return sum(seen.get_flop_counts()["Global"].get(like, 0) for like in likes)
 
 
 def load(path: str | os.PathLike) -> nn.Module:

@@ -20,14 +20,16 @@ import rich.box
 import rich.table
 import scipy.stats
 import torch
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import attacks
 import bounds
 from evaluate import METHODS, OMEGA_RADII, RADII, Target
-from runs import World, duration, provenance, replace
+from runs import World, duration, one_line, provenance, replace
 
+rcParams["text.parse_math"] = False  # names of classes and runs may have dollars
 SAMPLED = METHODS["sampling"]
 SMOOTHING_RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # of Table 5
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe & Ito (2008)
@@ -106,7 +108,7 @@ def heading(column: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Three digits, or all before the point."""
     digits = ".3g" if abs(value) < 10 or abs(value) >= 1e6 else f",.{int(abs(value) < 1000)}f"
     return f"{value:{digits}}".replace("inf", "∞")
 
@@ -223,11 +225,11 @@ def regularity_of(target: Target, method: str | None) -> Row:
     """Of the margin of the probabilities, l2: gradient norms, and omega as ascent found it, or as it was sampled."""
     measured = target.norms["l2"]
     norms, omega = measured.found["probabilities_grad_norms"][:, 0], measured.found["omega"].max(0)
-    estimate, largest = "largest found by ascent", float(norms.max())
+    estimate, largest = "ω′, at most ω: the largest found by ascent", float(norms.max())
     if method == SAMPLED:
         _, _, found = measured.bounds[method]
         estimate, largest = method, found.lipschitz
-        omega = [found.omega[(found.eps - r).abs().argmin()] for r in OMEGA_RADII]
+        omega = [found.omega.cummax(0).values[(found.eps - r).abs().argmin()] for r in OMEGA_RADII]
     row = {"estimate": estimate, **mean("grad_norm_mean", norms), "grad_norm_max": largest}
     return row | {f"omega_{r}": float(w) for r, w in zip(OMEGA_RADII, omega, strict=True)}
 
@@ -279,9 +281,10 @@ def summary_table(targets: list[Target], norm: str) -> Table:
     rows = []
     for target in targets:
         rows.append(pick(figures_of(target, norm, target.norms[norm].best), SUMMARY))
-        first, own = (some.norms[norm].found["distances"] for some in (targets[0], target))
-        if target is not targets[0] and np.isfinite(first + own).all():  # of the same images
-            rows[-1] |= mean("mean_distance_beyond_the_first", own - first, -math.inf)
+        first, own = (some.norms[norm].found for some in (targets[0], target))
+        same = np.array_equal(own["first"]["images"], first["first"]["images"])  # then image by image
+        if own is not first and same and np.isfinite(own["distances"] + first["distances"]).all():
+            rows[-1] |= mean("mean_distance_beyond_the_first", own["distances"] - first["distances"], -math.inf)
         for line, (figure, limit) in target.norms[norm].audit.items():
             rows[-1][f"audit: {line} (at most {limit})"] = f"{'pass' if figure <= limit else 'FAIL'} {number(figure)}"
     title = f"What was measured, {norm}; masking audit of {len(targets[0].rows['audit'])} images: in %, falls in points"
@@ -315,7 +318,7 @@ def error_figure(targets: list[Target]) -> Figure:
             errors = [percent("y", distances <= distance) for distance in known]
             low, y, high = ([error[name] for error in errors] for name in ("y_low", "y", "y_high"))
             axis.fill_between(known, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
-            axis.step(known, y, where="post", color=colour, label=target.name)
+            axis.step(known, y, where="post", color=colour, label=f" {target.name}")  # without a space _name is hidden
             if measured.best:
                 omega = np.sort(measured.bounds[measured.best][1])
                 axis.step(omega, np.linspace(0, 100, len(omega) + 1)[1:], "--", where="post", color=colour, linewidth=1)
@@ -351,7 +354,7 @@ def adversarial_figure(target: Target, norm: str, count: int = 5) -> Figure | No
     for row, i in zip(axes, rows, strict=True):
         image, adversarial, distance = (found[name][i] for name in ("images", "adversarial", "distances"))
         peak = float(np.abs(adversarial - image).max()) or 1.0
-        was, now = (target.classes[found[name][i]][:12] for name in ("labels", "moved"))
+        was, now = (one_line(target.classes[found[name][i]])[:12] for name in ("labels", "moved"))
         shown = [(image, was, "gray"), (adversarial, f"{now}, {number(distance)}", "gray")]
         shown += [(0.5 + (adversarial - image) / (2 * peak), f"±{number(peak)}", "RdBu_r")]  # grey: blue down, red up
         for axis, (pixels, title, colours) in zip(row, shown, strict=True):
@@ -378,8 +381,8 @@ mean difference, image by image, from the first network.
 
 Bounds are estimates, not certificates. `false`: the share of images with an adversarial image nearer than the bound
 says, a lower estimate, as good as the attacks. `two tangents`: the smallest modulus whose bounds are false for at most
-0.5 % of the calibration images. `ascent`: the largest values that gradient ascent finds. `sampled`: the paper's, from
-random perturbations and a GEV fit; one draw, without interval: with another seed several times as many may be false.
+0.5 % of the calibration images. `ascent`: the largest ω′ (at most ω, and all that the proof needs) that ascent finds.
+`sampled`: the paper's ω, of random perturbations and a GEV fit; one draw: with another seed far more may be false.
 
 {notes}
 """

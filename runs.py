@@ -95,7 +95,7 @@ def run_command(command: Callable[..., None]) -> int:
         message, code = explain(error)
         if code is None:
             raise
-        if os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ:
+        if "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0" or message.startswith("out of memory"):
             print(f"{Path(sys.argv[0]).name}: {message.replace('Value error, ', '')}", file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         print(end="", flush=True)

@@ -440,8 +440,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16; a CPU without them takes ten times as long as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return any(getattr(torch.cpu, "get_capabilities", dict)().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def set_precision(options: Options) -> None:
@@ -614,17 +613,19 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     mine = data.order(len(test), seed=0, epoch=2)[:PROBE_IMAGES][world.rank :: world.size]
     images, labels = data.fetch(test, mine, world.device, problems=trainer.watch.unreadable)
     parts = list(zip(images.split(few), labels.split(few), strict=True))
-    fields["attacked_error_pct"] = losses_and_errors(network, parts, world, norm=norm, eps=eps, steps=10)[1]
-    looked = [(bounds.omega_statistics(network, *part, norm=norm, eps=radii), len(part[1])) for part in parts]
-    *omega, largest = world.max(torch.tensor([[*some.omega, some.grad_norm_max] for some, _ in looked]).amax(0))
-    total, count = world.sum(torch.from_numpy(np.sum([[some.grad_norm_mean * n, n] for some, n in looked], 0)))
+    pgd, told = {"norm": norm, "eps": eps, "steps": 10}, trainer.watch.until_told
+    fields["attacked_error_pct"] = losses_and_errors(network, told(parts), world, **pgd)[1]
+    looked = [bounds.omega_statistics(network, *part, norm=norm, eps=radii) for part in told(parts)]
+    omega, norms = torch.stack([omega for omega, _ in looked]).amax(0), torch.cat([norms for _, norms in looked])
+    *omega, largest = world.max(torch.cat([omega, norms.amax()[None]]))
+    total, count = world.sum(torch.stack([norms.double().sum(), torch.ones_like(norms).double().sum()]))
     return fields | {"margin_grad_norm_mean": total / count, "omega": omega, "margin_grad_norm_max": largest}
 
 
 def losses_and_errors(network: nn.Module, batches: Iterable, world: World, **ball: Any) -> tuple[float, float, float]:
     """Mean loss, % not the first and % not among the first five classes, over the images of all processes.
 
-    With a ball (norm, eps, steps): of the images that plain PGD makes of them.
+    With a ball (norm, eps, steps): of the images that `attacks.pgd` makes of them.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     for images, labels in batches:
@@ -703,7 +704,7 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
     if method == "free":  # as many steps as the others
         own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
-    most = max(1, len(images.train) // 8 // world.size) * world.size
+    most = max(2, len(images.train) // 8 // world.size) * world.size  # one image alone has no batch statistics
     if "batch_size" not in given and most < recipe.batch_size:
         own |= {"batch_size": most, "lr": recipe.lr * most / recipe.batch_size}
     options, norms = replace(recipe, **own | given), {"free": ["linf"], "at": ["l2", "linf"]}
@@ -743,25 +744,21 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     config |= {"images_train": len(images.train), "images_test": len(images.test), "small": images.small}
     config |= {"classes": len(images.classes), "class_names": list(images.classes)}
     config |= {"attack_norm": norm, "attack_radii": radii, "attack_eps": radii[1], "omega_eps": radii[1:]}
-    stranger, notes = options.model not in models.MODELS, []
-    with contextlib.nullcontext() if stranger or options.init else torch.device("meta"):
-        network = models.from_config(config)
+    network, notes = models.from_config(config), []
     if options.init:
         notes = models.initialise(network, options.init, classes=config["classes"], new_head=options.new_head)
     if options.method == "fd" and options.h < 1e-3:
         notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if (options.amp or (options.recipe == "fast" and may_round(options))) and not has_bfloat16(world.device):
-        slow = "--amp makes it many times slower" if options.amp else "the recipe trains in float32, a third as fast"
-        notes.append(f"this device has no instructions for bfloat16: {slow}")
-    if stranger:
-        notes += try_out(network.to(world.device), options, images, world)
+        notes.append("no instructions for bfloat16 here: --amp is slow; --recipe fast has float32, a third as fast")
+    notes += try_out(network.to(world.device), options, images, world)
     return config | {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
 
 
 def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
-    """Lines for the user on a stranger's network.  Raises Unusable unless it can be trained: one step is tried."""
-    shown = images.at(size=options.phases[0].size, min_scale=options.phases[0].min_scale).train
-    x, labels = data.fetch(shown, np.arange(min(4, len(shown))), world.device, problems=[])
+    """Lines for the user on the network.  Raises Unusable unless it can be trained: one step of few images is tried."""
+    own = images.at(size=options.phases[0].size, min_scale=options.phases[0].min_scale).train
+    x, labels = data.fetch(own, np.arange(min(4, options.batch_size // world.size)), world.device, problems=[])
     try:
         notes = [models.check_output(network.eval(), x, len(images.classes))]
         with models.one_line("a training step fails"):
@@ -839,7 +836,7 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     kind = NAMES.get(options.method, "-unsquared" * options.unsquared + "-{norm}-lam{lam:g}").format_map(vars(options))
     recipe, tuned = "-fast" * (options.recipe == "fast"), "-tuned" * bool(options.init)
     default = f"{Path(options.dataset).name}{recipe}-{options.method}{kind}{tuned}-seed{options.seed}"
-    again = [path for path in root.glob(f"{default}*") if config_at(path).get("launch") == config["launch"]]
+    again = [p for p in root.glob("*") if p.name.startswith(default) and config_at(p).get("launch") == config["launch"]]
     for path in [root / name] if name else again * bool(world.restarts):
         if theirs := config_at(path):
             others = sorted({key for key, _ in vars(options_of(theirs)).items() ^ vars(options).items()} - MAY_CHANGE)
@@ -875,10 +872,10 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
         place = changed.get("data_dir") or data.stored_place(config["options"])
         options = replace(options, **located(options.dataset, place))
         images = images or load_images(asdict(options), channels=config["channels"])
-        now, then = [len(images.train), len(images.classes)], [config["images_train"], config["classes"]]
+        now, then = [len(images.train), len(images.test)], [config["images_train"], config["images_test"]]
         others = sorted(set(images.classes) ^ set(config.get("class_names", images.classes)))
-        if others or now != then:
-            what = f"class {others[0]} is new or gone" if others else f"{now[0]} training images, not {then[0]}"
+        if others or now != then or len(images.classes) != config["classes"]:
+            what = f"class {others[0]} is new or gone" if others else f"{now} training and test images, not {then}"
             raise Failure(f"{config['name']}: the data is not what it was: {what}; see --data-dir", 2)
         trainer = Trainer(path, config | {"options": asdict(options)}, images, world)
         for said in [*images.notes, *([] if state else config.get("notes", [])), *filter(None, [warning])]:
@@ -949,9 +946,10 @@ def main(**options: Any) -> None:
             return
         if not alone and (name or given.get("method") in {"none", "noise"}):
             raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
-        given |= {name: models.absolute(given[name]) for name in ("model", "init") if name in given}
+        given |= {k: models.absolute(given[k]) for k in ("model", "init") if given.get(k) not in {None, *models.MODELS}}
         run = runs.resolve(Path(given["init"])) if "init" in given else None
         if run and (config := config_at(run)):  # it knows its network
+            given["init"] = str(run)  # runs/latest will be the new run
             known = {key: config["options"][key] for key in ("model", "activation") if key in config["options"]}
             for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
                 world.console.print(f"warning: {line}")

@@ -269,6 +269,7 @@ class Log:
             for table in self.tables.values():
                 table.rows = int(np.searchsorted(table.steps, step, "right"))
             self.last["step"] = self.checkpoint = self.resumed = step
+            self.last["time"] = np.fmax(self.last["time"], at)
             self.nonfinite = [mark for mark in self.nonfinite if mark[0] <= step]
         if kind == "checkpoint":  # there is one after each epoch, which has its line
             self.checkpoint = step
@@ -744,7 +745,7 @@ def grid(runs: Sequence[Run], view: View, width: int, height: int) -> list[Conte
 
 def dashboard(runs: Sequence[Run], view: View, width: int, height: int, now: float) -> list[Content]:
     """The whole screen, or more to be scrolled, in lines of `width` cells: charts; from 110 columns on numbers, too."""
-    if width < 40 or height < 10:
+    if width < 40 or height < 9:  # a line is the footer's
         return [Content(text).truncate(width, pad=True) for text in ["40x10 cells are needed"] + [""] * (height - 1)]
     known, many, events = [facts(run, now) for run in runs], len(runs) > 1, event_lines(runs)
     shown = f"last 1/{1 << view.zoom}" if view.zoom else "all steps"
@@ -888,7 +889,7 @@ def main(
         fail(f"at most four runs can be compared, not {len(paths)}")
     here = Path(os.path.realpath(paths[0]))
     listed = len(paths) == 1 and here.is_dir() and not any((here / name).exists() for name in FILES)
-    live = all(f.isatty() for f in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get("TERM") != "dumb"
+    live = all(f and f.isatty() for f in (sys.stdin, sys.stdout, sys.stderr)) and os.environ.get("TERM") != "dumb"
     live = live and not (once or as_json or listed)
     for path in paths:  # of a run that is named even the directory of runs may be still to come
         if not os.path.isdir(os.path.realpath(path)) and not (live and runs and path.absolute().parent.parent.is_dir()):

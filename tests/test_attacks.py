@@ -175,6 +175,17 @@ def test_top_two_of_a_linear_classifier_against_brute_force(name, tolerance, ran
     assert found.mean() <= (1 + tolerance) * exact.mean()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_bisection_of_pgd_ends_where_it_is_as_exact_as_it_promises(norm):
+    """From what is nearest already one round, of two runs, shows that a ball smaller by 0.5 % holds nothing."""
+    model, looked = linear(seeded(0), 10, 64, grey_ties=True), []
+    images = 0.3 + 0.4 * torch.rand(8, 64, generator=seeded(1))
+    labels = model(images).argmax(1)
+    start = run("fab", model, images, labels, norm=norm)
+    run("pgd", lambda x: looked.append(len(x)) or model(x), images, labels, norm=norm, start=start)
+    assert sum(looked) / len(images) < 2 * 21 + 10
+
+
 @functools.cache
 def where_the_label_is_fifth(norm):
     """The distances of 12 images that each attack with gradients finds, where four classes are ahead of the label."""

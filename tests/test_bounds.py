@@ -203,15 +203,15 @@ def with_gradient(network):
 @pytest.mark.parametrize(
     ("model", "images", "labels", "message"),
     [
-        (TRAINING, LINE[1], LINE[2], r"training mode \(1\)"),
-        (copy.deepcopy(LINE[0]).train(), LINE[1], LINE[2], r"training mode \(all of it\)"),
+        (TRAINING, LINE[1], LINE[2], r"a part of the model \(1\) is in training mode"),
+        (copy.deepcopy(LINE[0]).train(), LINE[1], LINE[2], "the model is in training mode"),
         (LINE[0], 2 * LINE[1], LINE[2], r"in \[0, 1\]"),
         (LINE[0], LINE[1] - 0.5, LINE[2], r"in \[0, 1\]"),
         (LINE[0], LINE[1] * math.nan, LINE[2], r"in \[0, 1\]"),
         (LINE[0], LINE[1][:0], LINE[2][:0], "at least one"),
         (LINE[0], LINE[1].bfloat16(), LINE[2], "float32 or float64"),
         (LINE[0], (255 * LINE[1]).byte(), LINE[2], "float32 or float64"),
-        (LINE[0], LINE[1], LINE[2].int(), r"int64 tensor, one for each of 40 images, not torch.int32"),
+        (LINE[0], LINE[1], LINE[2].int(), r"int64 tensor, one per image, .* not torch.int32"),
         (LINE[0], LINE[1], LINE[2][:, None], r"not torch.int64 of shape \(40, 1\)"),
         (LINE[0], LINE[1].numpy(), LINE[2], "float32 or float64 tensor"),
         (LINE[0], LINE[1], LINE[2].tolist(), r"int64 tensor, .* not a list"),
@@ -446,8 +446,8 @@ def test_only_images_that_are_classified_correctly_enter_the_ascent():
     labels = torch.zeros(3, dtype=torch.long)
     estimate = estimate_by_ascent(Cubic().eval(), images, labels, norm="l2", eps=eps, generator=generator())
     assert float(estimate.omega[0]) == pytest.approx(3 * 0.2 * 0.1**2 + 0.1**3, rel=1e-3)
-    everything = omega_statistics(Cubic().eval(), images, labels, norm="l2", eps=[0.1], loss="logits")
-    assert everything.omega[0] == pytest.approx(3 * 0.8 * 0.1**2 + 0.1**3, rel=1e-3)
+    omega, _ = omega_statistics(Cubic().eval(), images, labels, norm="l2", eps=[0.1], loss="logits")
+    assert float(omega[0]) == pytest.approx(3 * 0.8 * 0.1**2 + 0.1**3, rel=1e-3)
 
 
 def test_a_concave_margin_has_no_omega():
@@ -466,15 +466,15 @@ def test_small_radii_are_measured_in_float64():
     eps = torch.tensor([1e-5, 1e-4, 1e-3])
     estimate = estimate_by_ascent(model, images, labels, norm="l2", eps=eps, generator=generator())
     torch.testing.assert_close(estimate.omega, 1.5 * eps**2, rtol=1e-3, atol=0)
-    statistics = omega_statistics(model, images, labels, norm="l2", eps=eps.tolist(), loss="logits")
-    np.testing.assert_allclose(statistics.omega, 1.5 * eps.numpy() ** 2, rtol=1e-3)
+    omega, _ = omega_statistics(model, images, labels, norm="l2", eps=eps.tolist(), loss="logits")
+    np.testing.assert_allclose(omega, 1.5 * eps.numpy() ** 2, rtol=1e-3)
     assert model.centre.dtype == torch.float32  # the caller's model is left alone
     fixed = torch.nn.Sequential(torch.nn.Linear(5, 3)).eval()
     fixed.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     for unfit in (lambda x: model(x), fixed):
         with pytest.raises(ValueError, match="float64"):
             omega_statistics(unfit, images, labels, norm="l2", eps=[1e-5])
-    assert omega_statistics(fixed, images, fixed(images).argmax(1), norm="l2", eps=[0.1]).omega[0] > 0
+    assert omega_statistics(fixed, images, fixed(images).argmax(1), norm="l2", eps=[0.1])[0] > 0
 
 
 def test_the_cheap_statistics_are_a_lower_estimate_of_the_ascent_and_change_nothing():
@@ -482,20 +482,19 @@ def test_the_cheap_statistics_are_a_lower_estimate_of_the_ascent_and_change_noth
     network.zero_grad()
     images, labels = images[898:1098], labels[898:1098]
     eps = [0.02, 0.05, 0.1, 0.2]
-    cheap = omega_statistics(network, images, labels, norm="linf", eps=eps)
+    cheap, grad_norms = omega_statistics(network, images, labels, norm="linf", eps=eps)
     right = network(images).argmax(1) == labels
     full = estimate_by_ascent(
         network, images[right], labels[right], norm="linf", eps=torch.tensor(eps), loss="probabilities",
         steps=20, generator=generator(),
     )  # fmt: skip
-    alone = omega_statistics(network, images[right], labels[right], norm="linf", eps=eps)
-    assert np.all(np.diff(cheap.omega) >= 0)
-    assert np.all(np.array(alone.omega) <= full.omega.numpy() + 0.02)
-    assert np.all(np.array(alone.omega) >= 0.8 * full.omega.numpy())
-    assert np.all(np.array(cheap.omega) >= alone.omega)
+    alone, _ = omega_statistics(network, images[right], labels[right], norm="linf", eps=eps)
+    assert (cheap.diff() >= 0).all()
+    assert (alone <= full.omega + 0.02).all()
+    assert (alone >= 0.8 * full.omega).all()
+    assert (cheap >= alone).all()
     found = margins(network, images, labels, norm="linf", loss="probabilities")
-    assert cheap.grad_norm_mean == pytest.approx(float(found.grad_norms.mean()), rel=1e-5)
-    assert cheap.grad_norm_max == pytest.approx(float(found.grad_norms.max()), rel=1e-5)
+    torch.testing.assert_close(grad_norms, found.grad_norms[:, 0], rtol=1e-5, atol=0)
     assert all(p.grad is None for p in network.parameters())
 
 
@@ -788,6 +787,19 @@ def test_a_bound_costs_one_forward_and_one_backward_per_image():
     assert (model.forwards, model.backwards) == (40, 40)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gradient_that_is_not_a_number_is_refused_for_what_it_is(ahead):
+    """The slope of a root at 0 is infinite, times 0: of a grey image, whose logits are finite."""
+
+    def contrast(x):
+        return torch.stack([(x - x.mean(1, keepdim=True)).square().mean(1).sqrt(), 0 * x[:, 0]], 1)
+
+    images = torch.tensor([[0.2, 0.4], [0.5, 0.5]])
+    assert contrast(images).isfinite().all()
+    with pytest.raises(ValueError, match="the gradient of the margin is not a number on some images"):
+        bounds.margins(contrast, images, torch.zeros(2, dtype=torch.int64), norm="l2", ahead=ahead)
+
+
 def test_sampling_reports_the_fitted_quantile_beyond_what_it_saw():
     network, (images, labels) = digits_mlp(0), digits()
     sampled = sampled_estimate(network, images, labels, norm="linf", blocks=20, p=1e-3, generator=generator())
@@ -828,7 +840,7 @@ def test_loops_wait_for_their_device_once_a_pass():
     few, many = (looks(sampled_estimate, network, images, labels, eps=eps, blocks=k, **how) for k in (6, 12))
     assert many <= few + 6 * (2 + 1)
     few, many = (looks(margins, three, images, labels, norm="l2", rivals=2, batch_size=k) for k in (40, 5))
-    assert many <= few + 7 * 2
+    assert many <= few + 7 * 3
     smoothing = {"sigma": 0.5, "n": 40, "generator": generator()}
     few, many = (looks(certify_smoothing, network, images[:k], batch_size=40 // k, **smoothing) for k in (1, 4))
     assert many <= few + (1 + 4) * 4 * 10

@@ -123,6 +123,7 @@ def test_evaluation_shows_every_image_once_unaugmented(processes):
 
 def slow_augmentation(image, u, *, border=4, fill=128, cutout=16):
     channels, height, width = image.shape
+    cutout = min(cutout, height // 2, width // 2)
     if fill is None:  # row -k is row k, and row n - 1 + k is row n - 1 - k
         rows, columns = ([n - 1 - abs(n - 1 - abs(i - border)) for i in range(n + 2 * border)] for n in (height, width))
         padded = image[:, rows][:, :, columns].astype(np.float64)
@@ -156,6 +157,16 @@ def test_augmentation_is_crop_flip_and_cutout(seed, how):
     got = data.augment(torch.from_numpy(images), torch.from_numpy(u), **how).numpy()
     expected = np.stack([slow_augmentation(image, row, **how) for image, row in zip(images, u, strict=True)])
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
+def test_cutout_takes_a_quarter_of_an_image_at_most(side):
+    """A square of 16 pixels leaves nothing of digits."""
+    images = torch.arange(side**2, dtype=torch.uint8).view(1, 1, side, side).repeat(64, 1, 1, 1)
+    u = torch.from_numpy(data.uniforms(0, 0, np.arange(64), 5))
+    changed = data.augment(images, u, border=0) != data.augment(images, u, border=0, cutout=0)
+    assert changed.flatten(1).sum(1).max() <= side**2 / 4
+    assert changed.any() == (side > 2)
 
 
 @pytest.mark.parametrize("cutout", [True, False])

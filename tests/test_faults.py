@@ -368,6 +368,24 @@ def test_a_signal_during_an_evaluation_puts_it_off(monkeypatch, tmp_path, alone,
     assert_ended_as(run, alone)
 
 
+@pytest.mark.parametrize("probe", ["pgd", "omega_statistics"])
+def test_a_signal_ends_the_attack_of_an_evaluation_after_the_images_at_hand(monkeypatch, tmp_path, alone, probe):
+    module = train.attacks if probe == "pgd" else train.bounds
+    real, calls = getattr(module, probe), []
+
+    def interrupted(*arguments, **options):
+        calls.append(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, probe, interrupted)
+        assert command(monkeypatch, *LITTLE, "--runs", tmp_path, "--name", "run") == 143
+    assert len(calls) == 1
+    assert command(monkeypatch, "--resume", tmp_path / "run") == 0
+    assert_ended_as(tmp_path / "run", alone)
+
+
 # --- the disk ---------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -277,6 +279,77 @@ def test_the_first_images_that_are_broken_are_pictured_with_what_broke_them():
     for start, pixels in ((0, images), (1, images**2)):
         shown = [axis.images[0].get_array() for axis in figure.axes[start::3]]
         np.testing.assert_allclose(np.array(shown), pixels[[1, 3, 4, 5, 6], 0])
+    for axis, i in zip(
+        figure.axes[2::3], [1, 3, 4, 5, 6], strict=True
+    ):  # the change: red where it grows, blue where not
+        change, shown = (images**2 - images)[i, 0], np.array(axis.images[0].get_array())
+        np.testing.assert_allclose(shown - 0.5, change / (2 * np.abs(change).max()), atol=1e-12)
+        assert axis.images[0].cmap.name == "RdBu_r"
+    odd = SimpleNamespace(classes=["a$x_$", os.fsdecode(b"caf\xe9")], norms={"l2": measured})  # a formula; no UTF-8
+    report.adversarial_figure(odd, "l2").savefig(io.BytesIO())
     first["distances"] = np.zeros(7)
     measured.found["first"] = first
     assert report.adversarial_figure(SimpleNamespace(classes=["a", "b"], norms={"l2": measured}), "l2") is None
+
+
+def known_of(distances, omega):
+    """A network of one norm whose omega-bounds are these."""
+    bounds_, found = {"two tangents": (None, torch.tensor(omega), None)}, {"distances": np.array(distances)}
+    measured = SimpleNamespace(found=found, bounds=bounds_, best="two tangents")
+    return SimpleNamespace(name="_net", norms={"l2": measured})
+
+
+def test_the_error_within_a_distance_is_drawn_with_what_the_bound_allows():
+    """An image that nothing broke never counts; of a bound every image does, from its bound on."""
+    (axis,) = report.error_figure([known_of([0.3, 0.0, np.inf, 0.1], [0.2, 0.0, 0.4, 0.05])]).axes
+    found, allowed = axis.lines
+    np.testing.assert_allclose(found.get_xydata(), [[0, 25], [0.1, 50], [0.3, 75]])
+    np.testing.assert_allclose(allowed.get_xydata(), [[0, 25], [0.05, 50], [0.2, 75], [0.4, 100]], rtol=1e-6)
+    assert [label.get_text().strip() for label in axis.get_legend().get_texts()] == ["_net"]
+    assert {line.get_drawstyle() for line in axis.lines} == {"steps-post"}
+
+
+def test_a_bound_above_the_diagonal_is_false():
+    (axis,) = report.bounds_figure([known_of([0.3, 0.0, np.inf], [0.2, 0.0, 0.4])]).axes
+    np.testing.assert_allclose(axis.collections[0].get_offsets()[:2], [[0.3, 0.2], [0, 0]], rtol=1e-6)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("l2 distance found, pixels", "ω-bound, pixels")
+
+
+def test_regularity_is_the_largest_over_all_parts_and_at_the_radii_that_are_named():
+    """By ascent the maximum over parts; sampled, of the nearest radius, and never less than at a smaller one."""
+    found = {"probabilities_grad_norms": np.array([[1.0], [3.0]]), "omega": np.array([[0.2, 0.5], [0.3, 0.4]])}
+    eps, omega = torch.tensor([0.1, 0.5, 0.7, 1.0, 3.0]), torch.tensor([0.1, 0.6, 0.2, 0.4, 9.0])
+    sampled = {report.SAMPLED: (None, None, SimpleNamespace(eps=eps, omega=omega, lipschitz=7.0))}
+    target = SimpleNamespace(norms={"l2": SimpleNamespace(found=found, bounds=sampled)})
+    by_ascent, by_sampling = (report.regularity_of(target, method) for method in (None, report.SAMPLED))
+    assert [by_ascent[f"omega_{r}"] for r in (0.5, 1.0)] == [0.3, 0.5]
+    assert [by_sampling[f"omega_{r}"] for r in (0.5, 1.0)] == pytest.approx([0.6, 0.6])
+    assert (by_ascent["grad_norm_mean"], by_ascent["grad_norm_max"], by_sampling["grad_norm_max"]) == (2, 3, 7)
+
+
+def test_suprema_by_ascent_are_over_all_parts():
+    """Either part holds one of the largest values."""
+    evaluated = {"logits_losses": np.array([[-1.0]]), "logits_grad_norms": np.array([[2.0]])}
+    eps = np.array([0.1, 0.2])
+    parts = [
+        {"omega": np.array([[0.3, 0.4]]), "lipschitz": np.array(5.0), "eps": eps},
+        {"omega": np.array([[0.1, 0.6]]), "lipschitz": np.array(2.0), "eps": eps},
+    ]
+    for some in (parts, parts[::-1]):
+        lipschitz, _, constants = evaluate.bounds_of("ascent", some, evaluated, "l2", 1)
+        np.testing.assert_allclose(constants.omega, [0.3, 0.6])
+        np.testing.assert_allclose(lipschitz, [1 / 5])
+
+
+def test_distances_of_different_images_are_not_paired(monkeypatch):
+    """As many images of the same name may be others, or in another order."""
+    images = np.random.default_rng(0).random((3, 1, 4, 4))
+
+    def target(shown):
+        found = {"distances": np.arange(3.0), "first": {"images": shown}}
+        return SimpleNamespace(norms={"l2": SimpleNamespace(found=found, audit={}, best="")}, rows={"audit": []})
+
+    monkeypatch.setattr(report, "figures_of", lambda *_: {})
+    for other, paired in ((images.copy(), True), (images[::-1], False), (images[:2], False)):
+        table = report.summary_table([target(images), target(other)], "l2")
+        assert ("mean_distance_beyond_the_first" in table.rows[1]) == paired

@@ -227,6 +227,23 @@ def test_tasks_of_slurm_without_torchrun_are_told(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_other_processes_are_silent_but_about_what_they_alone_know(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for name, value in {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+    def ending(error):
+        def main() -> None:
+            raise error
+
+        return runs.run_command(main), capsys.readouterr().err
+
+    assert ending(runs.Unusable("no such file")) == (2, "")
+    code, said = ending(torch.OutOfMemoryError("CUDA"))
+    assert code == 1
+    assert "out of memory" in said
+
+
 @pytest.mark.parametrize("name", ["nonsense", "meta", "mps", "cpu:x", "cuda:1000"])
 def test_a_device_that_cannot_be_used_is_refused(name):
     with pytest.raises(runs.Unusable, match="--device"):

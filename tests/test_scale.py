@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -369,6 +370,8 @@ CASES = {  # options, network, updates
 class Dropping(nn.Dropout):
     """Dropout that remembers what it dropped."""
 
+    masks: ClassVar[list] = []
+
     def forward(self, x):
         out = super().forward(x)
         Dropping.masks.append(out != 0)
@@ -377,9 +380,9 @@ class Dropping(nn.Dropout):
 
 def masks_of(tmp_path, world, method):
     """What each forward pass of two steps of a network with dropout dropped: (passes, images, values)."""
-    Dropping.masks = []
     network = partial(nn.Sequential, nn.Flatten(), nn.Linear(108, 40), nn.Sigmoid(), Dropping(0.5), nn.Linear(40, 4))
-    weights_after(trainer_of(tmp_path, network, world=world, method=method), 2)
+    trainer, Dropping.masks = trainer_of(tmp_path, network, world=world, method=method), []
+    weights_after(trainer, 2)
     return torch.stack(Dropping.masks)
 
 
@@ -519,6 +522,7 @@ def test_the_imagenet_recipe_goes_through_its_phases_and_resumes_across_them(mon
     small_ = [*SHRUNK, "--data-dir", photographs, "--runs", tmp_path]
     with monkeypatch.context() as patched:
         patched.setattr(train, "Objective", Spy)
+        patched.setattr(train, "try_out", lambda *_: [])
         patched.setattr(data, "evaluation_batches", spied)
         assert command(monkeypatch, *small_, "--name", "whole") == 0
     run = tmp_path / "whole"

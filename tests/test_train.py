@@ -138,6 +138,7 @@ def spied(monkeypatch):
 
     monkeypatch.setattr(train, "Objective", Spy)
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    monkeypatch.setattr(train, "try_out", lambda *_: [])
     return seen
 
 
@@ -737,7 +738,11 @@ def test_a_folder_is_found_again_from_anywhere_and_where_it_moves(monkeypatch, t
     assert command(monkeypatch, "--resume", run) == 0
     # Nor are others, which the user names, with other classes or fewer images; the same ones in another place are.
     assert command(monkeypatch, "--resume", half, "--data-dir", "pictures") == 2
-    assert "9 training images, not 10" in one_line(capsys)
+    assert "[9, 4] training and test images, not [10, 4]" in one_line(capsys)
+    (tmp_path / "elsewhere/pictures/train/cat/0.png").write_bytes((pictures / "train/cat/0.png").read_bytes())
+    (tmp_path / "elsewhere/pictures/test/cat/0.png").unlink()
+    assert command(monkeypatch, "--resume", half, "--data-dir", "pictures") == 2
+    assert "[10, 3] training and test images, not [10, 4]" in one_line(capsys)
     moved = Path(shutil.move(pictures, tmp_path / "moved"))
     assert command(monkeypatch, "--resume", half) == 2
     assert str(pictures) in one_line(capsys)
@@ -793,7 +798,7 @@ def test_size_batch_and_rate_follow_the_images_when_nobody_says_so(monkeypatch, 
 
 def test_a_batch_that_follows_the_images_is_shared_by_processes():
     images, given = SimpleNamespace(small=True, train=range(100), test=range(50)), {"dataset": "cifar10"}
-    for size, batch in ((1, 12), (2, 12), (8, 8), (32, 32)):
+    for size, batch in ((1, 12), (2, 12), (8, 16), (32, 64)):
         options = train.resolve(given, images, SimpleNamespace(size=size))
         assert [options.batch_size, *(phase.batch_size for phase in options.phases)] == [batch, batch]
     images.train = range(1024)
@@ -833,6 +838,7 @@ def test_a_step_up_is_of_the_weight_the_length_and_the_precision_that_the_run_sa
 
     monkeypatch.setattr(train.gradreg, "ascent_penalty", spy)
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    monkeypatch.setattr(train, "try_out", lambda *_: [])
     small = [*SMALL, "--method", "ascent", "--lam", 0.5, "--epochs", 2, "--runs", tmp_path]
     assert command(monkeypatch, *small, "--name", "first") == 0
     assert {*seen} == {(0.5, 0.5, 10, 10, torch.float32)}
@@ -883,6 +889,34 @@ def test_the_penalty_buys_robustness(monkeypatch, tmp_path, capsys):
     none, fd = (table[name] for name in ("digits-none-seed0", "digits-fd-l2-lam1-seed0"))
     assert fd[2] < 0.8 * none[2]  # within eps 0.5
     assert fd[0] < none[0] + 8  # clean; few images and epochs: it differs by machine
+
+
+def test_every_network_is_tried_on_these_images_before_a_run_begins(monkeypatch, tmp_path, capsys):
+    for part in ("train", "test"):
+        for i in range(8):
+            (tmp_path / "tiny" / part / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (6, 6), (30 * i, 0, 0)).save(tmp_path / "tiny" / part / "ab"[i % 2] / f"{i}.png")
+    small, runs_ = [tmp_path / "tiny", "--recipe", "fast", "--epochs", 1], ["--runs", tmp_path / "runs"]
+    assert command(monkeypatch, *small, *runs_) == 2  # pooled below one pixel
+    assert "--model resnet9: " in one_line(capsys)
+    assert command(monkeypatch, *small[:1], "--model", "resnext34", "--batch-size", 1, "--size", 6, *runs_) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_remembers_which_run_it_came_from(monkeypatch, tmp_path):
+    """runs/latest, which it may be called, is the new run before its first step."""
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    small = [*SMALL, "--epochs", 1, "--runs", tmp_path, "--name"]
+    assert command(monkeypatch, *small, "first") == 0
+    assert command(monkeypatch, *small, "second", "--init", tmp_path / "latest") == 0
+    assert json.loads((tmp_path / "second/config.json").read_text())["options"]["init"] == str(tmp_path / "first")
+
+
+def test_a_network_of_ours_is_not_taken_for_a_folder_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cnn").mkdir()
+    assert command(monkeypatch, *SMALL, "--epochs", 1, "--model", "cnn") == 0
 
 
 def test_the_fast_recipe_rounds_where_a_step_has_the_digits(monkeypatch):

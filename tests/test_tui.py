@@ -427,6 +427,13 @@ def test_a_failed_run_says_why():
     assert judged(now=1098.0)[1] == "no record for 0:01:38"
 
 
+def test_a_run_that_was_just_resumed_is_not_stalled(tmp_path):
+    resumed = {"kind": "event", "event": "resume", "step": 2, "time": 50_000.0, "message": "again"}
+    run = run_of(tmp_path / "run", step(1), step(2), resumed)
+    assert tui.facts(run, 50_001.0)["state"] == "LIVE"
+    assert tui.facts(run, 50_100.0)["state"] == "STALLED"
+
+
 def test_a_trainers_wrong_clock_does_not_make_a_growing_run_stalled(tmp_path):
     run = run_of(tmp_path / "run", step(1), step(2))
     assert tui.facts(run, 50_000.0)["state"] == "STALLED"
@@ -754,7 +761,14 @@ def test_what_is_unknown_is_not_made_up(tmp_path):
 
 def test_as_many_charts_are_shown_as_there_is_room_for_and_each_one_alone(busy):
     titles = [title for title, _ in tui.panels_of([busy])]
-    for (width, height), count in {(120, 36): 6, (80, 24): 4, (71, 24): 2, (40, 12): 1, (200, 40): 6}.items():
+    for (width, height), count in {
+        (120, 36): 6,
+        (80, 24): 4,
+        (71, 24): 2,
+        (40, 12): 1,
+        (40, 9): 1,
+        (200, 40): 6,
+    }.items():
         text = screen([busy], width, height)
         assert [title in text for title in titles] == [i < count for i in range(len(titles))]
         for i, title in enumerate(titles, 1):
@@ -988,6 +1002,8 @@ def test_without_a_terminal_it_prints_a_snapshot(busy, several):
         assert "FD error %" in out
         assert "\x1b" not in out
     assert command(busy.path, "--once", "--ascii")[1].isascii()
+    closed = ["sh", "-c", f"{sys.executable} {ROOT / 'tui.py'} {busy.path} --once <&-"]
+    assert "FD error %" in subprocess.run(closed, capture_output=True, text=True, check=True).stdout
     assert "which is more robust?" in command(*(run.path for run in several))[1].splitlines()[0]
 
 
