@@ -787,6 +787,28 @@ def test_a_bound_costs_one_forward_and_one_backward_per_image():
     assert (model.forwards, model.backwards) == (40, 40)
 
 
+def test_one_zero_gradient_in_a_hundred_is_chance_and_two_are_masked():
+    """A gradient may vanish by chance, on an image in a hundred; its bound is then the largest radius."""
+    estimate = bounds.Estimate("ascent", "l2", 1, "logits", 1.0, torch.tensor([0.1, 1.0]), torch.zeros(2))
+    for zeros in (1, 2):
+        norms = torch.ones(100, 1).index_fill(0, torch.arange(zeros), 0.0)
+        found = bounds.Margins(-torch.full((100, 1), 0.5), norms, "l2", 1, "logits")
+        if zeros == 1:
+            torch.testing.assert_close(omega_bound(found, estimate), torch.tensor([1.0, *[0.5] * 99]))
+        else:
+            with pytest.raises(ValueError, match=r"2\.0% of the gradients"):
+                omega_bound(found, estimate)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_default_radii_span_the_linearised_distances(norm):
+    network, images, labels, gaps, w = LINE
+    median = (gaps / (w.norm() if norm == "l2" else w.abs().sum())).median()
+    radii = bounds.default_radii(network, images, labels, norm=norm, count=5)
+    torch.testing.assert_close(radii[[0, -1]] / median, torch.tensor([1 / 20, 4.0], dtype=radii.dtype))
+    torch.testing.assert_close(radii[1:] / radii[:-1], torch.full((4,), 80**0.25, dtype=radii.dtype), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_gradient_that_is_not_a_number_is_refused_for_what_it_is(ahead):
     """The slope of a root at 0 is infinite, times 0: of a grey image, whose logits are finite."""

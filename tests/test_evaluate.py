@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -853,6 +854,24 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("_passing_audit")
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_audit_looks_at_the_median_of_what_can_be_broken_and_in_the_whole_box(monkeypatch, norm):
+    """Of distances 0 (misclassified), 1, 2, 3 and inf the median is 2; no image is farther than the diagonal of 9."""
+    images, asked = torch.zeros(5, 1, 3, 3), []
+
+    def one_attack(name, network, images, labels, *, eps=None, steps=8, **how):
+        asked.append((eps, steps) if eps else name)
+        return images, torch.tensor([0.0, 1.0, 2.0, 3.0, math.inf])
+
+    monkeypatch.setattr(evaluate, "one_attack", one_attack)
+    target = SimpleNamespace(network=lambda x: torch.cat([x.flatten(1)[:, :1], -x.flatten(1)[:, 1:2]], 1), topk=1)
+    unit = evaluate.Unit(target, "audit", norm, 0.0, 0, [], 0, None)
+    evaluate.audit_part(unit, images, torch.zeros(5, dtype=torch.int64), None)
+    radii = [asked_[0] for asked_ in asked if isinstance(asked_, tuple)]
+    scaled = [scale * 2 for scale in evaluate.AUDIT_SCALES]
+    assert radii == [*scaled, *[2.0] * len(evaluate.AUDIT_STEPS), 3.0 if norm == "l2" else 1.0]
+
+
 def test_names_tell_runs_and_their_comparisons_apart(trained, tmp_path, monkeypatch):
     """Two of one name; and names that differ only where a file's name would end."""
     (tmp_path / "else").mkdir()
