@@ -572,7 +572,11 @@ class _Best:
     """
 
     def __init__(self, model, images, labels, norm, topk, start=None) -> None:
-        _check_data(model, images, labels, norm, images if start is None else start)
+        gradreg.check_data(model, images, labels)
+        gradreg.check_images(images if start is None else start, "start")
+        if start is not None and start.shape != images.shape:
+            raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
+        distance(images[:0], images[:0], norm)  # raises where norm is none
         self.model, self.images, self.labels, self.norm, self.topk = model, images.detach(), labels, norm, topk
         self.started, self.adversarial = start is not None, self.images.clone()
         self.active = torch.ones_like(labels, dtype=torch.bool)
@@ -732,14 +736,6 @@ def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
     for coarser in (torch.float32, torch.float16, torch.bfloat16):
         eps = eps.masked_fill((seen.to(coarser) == seen).all(1), torch.finfo(coarser).eps)
     return eps / 2
-
-
-def _check_data(model, images: Tensor, labels: Tensor, norm: Norm, start: Tensor) -> None:
-    gradreg.check_data(model, images, labels)
-    gradreg.check_images(start, "start")
-    if start.shape != images.shape:
-        raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
-    distance(images[:0], images[:0], norm)  # raises where norm is none
 
 
 def _in_ball(best, *, generator: Generator | None, probe: float = 0.02, off: float = 0.3) -> None:

@@ -428,12 +428,14 @@ def fit_gev(maxima) -> GEV:
     return GEV(float(x[0]), float(centre + spread * x[1]), float(spread * math.exp(x[2])))
 
 
+@np.errstate(all="ignore")
 def _negative_log_likelihood(x, sample: np.ndarray) -> float:
     """Of x = (xi, loc, log scale); 1e300 for |xi| > 1, where no maximum need exist, and off the sample's support."""
     xi, loc, log_scale = x
     if abs(xi) > 1 or abs(log_scale) > 50:
         return 1e300
-    return min(1e300, -stats.genextreme.logpdf(sample, -xi, loc, math.exp(log_scale)).sum())  # fit() is what fails
+    t = special.inv_boxcox((sample - loc) / math.exp(log_scale), xi)  # (1 + xi z)^(1 / xi); off the support NaN
+    return np.nan_to_num(len(sample) * log_scale + ((1 + xi) * np.log(t) + 1 / t).sum(), nan=1e300, posinf=1e300)
 
 
 class Certificates(NamedTuple):
@@ -455,7 +457,7 @@ def certify_smoothing(
     its probability; the radius is sigma Phi^-1(pA), at most cap = sigma Phi^-1(alpha^(1/n)), and where pA <= 1/2 it
     abstains.  x + noise may leave [0, 1], as in training with noise.  Cost: n0 + n forward passes per image.
     """
-    gradreg.check_data(model, images, torch.zeros(len(images), dtype=torch.int64))  # it needs no labels
+    gradreg.check_data(model, images, torch.zeros(len(images) if isinstance(images, Tensor) else 0, dtype=torch.int64))
     if not (0 < sigma < math.inf and 0 < alpha < 1 and min(n0, n, batch_size) >= 1):
         given = f"{sigma}, {alpha}, {n0}, {n}, {batch_size}"
         raise ValueError(f"sigma > 0, 0 < alpha < 1 and n0, n, batch_size of 1 or more are needed, not {given}")

@@ -190,9 +190,9 @@ def ascent_penalty(
 
 
 def check_images(images: Tensor, name: str = "images") -> None:
-    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64)
+    known = isinstance(images, Tensor) and images.dtype in (torch.float32, torch.float64) and len(images)
     if not (known and ((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"{name} must be a float32 or float64 tensor, finite and in [0, 1]; normalise in the model")
+        raise ValueError(f"{name} must be a float32 or float64 tensor in [0, 1], at least one; normalise in the model")
 
 
 def check_data(model: Callable, images: Tensor, labels: Tensor) -> None:
@@ -202,9 +202,9 @@ def check_data(model: Callable, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"{part} in training mode: call model.eval()")
     check_images(images)
     known = isinstance(labels, Tensor)
-    if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
+    if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
-        raise ValueError(f"labels must be an int64 tensor, one per image, at least one; not {given}")
+        raise ValueError(f"labels must be an int64 tensor, one per image, not {given}")
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

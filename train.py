@@ -704,7 +704,8 @@ def resolve(given: dict[str, Any], images: data.Data, world: World) -> Options:
         own |= {"lam": 0.0, "lam_warmup": 0.0}
     if method == "free":  # as many steps as the others
         own["epochs"] = math.ceil(recipe.epochs / given.get("replays", recipe.replays))
-    most = max(2, len(images.train) // 8 // world.size) * world.size  # one image alone has no batch statistics
+    each = len(images.train) // world.size  # at least two, where there are: one alone has no batch statistics
+    most = max(1, min(2, each), each // 8) * world.size
     if "batch_size" not in given and most < recipe.batch_size:
         own |= {"batch_size": most, "lr": recipe.lr * most / recipe.batch_size}
     options, norms = replace(recipe, **own | given), {"free": ["linf"], "at": ["l2", "linf"]}
@@ -750,7 +751,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     if options.method == "fd" and options.h < 1e-3:
         notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if (options.amp or (options.recipe == "fast" and may_round(options))) and not has_bfloat16(world.device):
-        notes.append("no instructions for bfloat16 here: --amp is slow; --recipe fast has float32, a third as fast")
+        notes.append("no bfloat16 known here: --amp is slow; --recipe fast takes float32, two to five times as long")
     notes += try_out(network.to(world.device), options, images, world)
     return config | {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
 
@@ -758,7 +759,8 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
 def try_out(network: nn.Module, options: Options, images: data.Data, world: World) -> list[str]:
     """Lines for the user on the network.  Raises Unusable unless it can be trained: one step of few images is tried."""
     own = images.at(size=options.phases[0].size, min_scale=options.phases[0].min_scale).train
-    x, labels = data.fetch(own, np.arange(min(4, options.batch_size // world.size)), world.device, problems=[])
+    few = min(4, len(own), options.batch_size // world.size if options.statistics == "batch" else 4)
+    x, labels = data.fetch(own, np.arange(few), world.device, problems=[])
     try:
         notes = [models.check_output(network.eval(), x, len(images.classes))]
         with models.one_line("a training step fails"):
@@ -838,13 +840,13 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     default = f"{Path(options.dataset).name}{recipe}-{options.method}{kind}{tuned}-seed{options.seed}"
     again = [p for p in root.glob("*") if p.name.startswith(default) and config_at(p).get("launch") == config["launch"]]
     for path in [root / name] if name else again * bool(world.restarts):
-        if theirs := config_at(path):
-            others = sorted({key for key, _ in vars(options_of(theirs)).items() ^ vars(options).items()} - MAY_CHANGE)
+        if old := config_at(path):
+            others = sorted(dict(vars(options_of(old)).items() ^ vars(options).items()).keys() - MAY_CHANGE - {"amp"})
             if not others:
                 world.console.print(f"{path} was begun with the same options: going on with it")
                 return path
         if name and path.exists():
-            found = f"other options ({', '.join(others)})" if theirs else "no run in it"
+            found = f"other options ({', '.join(others)})" if old else "no run in it"
             advice = f"choose another name, or go on with --resume {path}"
             raise Failure(f"--name {name}: {path} exists, with {found}; {advice}", 2)
     return runs.new_directory(root, name, default, config)

@@ -211,7 +211,7 @@ def with_gradient(network):
         (LINE[0], LINE[1][:0], LINE[2][:0], "at least one"),
         (LINE[0], LINE[1].bfloat16(), LINE[2], "float32 or float64"),
         (LINE[0], (255 * LINE[1]).byte(), LINE[2], "float32 or float64"),
-        (LINE[0], LINE[1], LINE[2].int(), r"int64 tensor, one per image, .* not torch.int32"),
+        (LINE[0], LINE[1], LINE[2].int(), r"int64 tensor, one per image, not torch.int32"),
         (LINE[0], LINE[1], LINE[2][:, None], r"not torch.int64 of shape \(40, 1\)"),
         (LINE[0], LINE[1].numpy(), LINE[2], "float32 or float64 tensor"),
         (LINE[0], LINE[1], LINE[2].tolist(), r"int64 tensor, .* not a list"),

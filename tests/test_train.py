@@ -664,6 +664,16 @@ def test_a_name_that_other_options_have_taken_is_refused_and_untouched(monkeypat
     assert {file: file.stat().st_mtime_ns for file in whole.iterdir()} == before
 
 
+def test_a_run_goes_on_in_its_own_precision_where_the_device_has_another(monkeypatch, tmp_path, capsys):
+    """A requeued job may come to another machine; what the recipe takes there is not what was begun."""
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    small = [*SMALL, "--method", "none", "--epochs", 1, "--runs", tmp_path, "--name", "a"]
+    assert command(monkeypatch, *small, "--amp") == 0
+    assert command(monkeypatch, *small) == 0
+    assert "is finished: nothing to resume" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a/config.json").read_text())["options"]["amp"] is True
+
+
 def test_the_same_command_again_goes_on(monkeypatch, tmp_path, whole, capsys):
     """What a requeued job does: the run ends as if it had not been stopped, and then nothing more happens."""
     small = [*SMALL, "--runs", tmp_path, "--name", "a", *OFTEN]
@@ -803,6 +813,8 @@ def test_a_batch_that_follows_the_images_is_shared_by_processes():
         assert [options.batch_size, *(phase.batch_size for phase in options.phases)] == [batch, batch]
     images.train = range(1024)
     assert train.resolve(given, images, SimpleNamespace(size=1)).lr == 0.1
+    images.train = range(1)  # there is no second
+    assert train.resolve(given, images, SimpleNamespace(size=1)).batch_size == 1
 
 
 @pytest.mark.parametrize("method", ["fd", "exact", "ascent"])
@@ -899,7 +911,8 @@ def test_every_network_is_tried_on_these_images_before_a_run_begins(monkeypatch,
     small, runs_ = [tmp_path / "tiny", "--recipe", "fast", "--epochs", 1], ["--runs", tmp_path / "runs"]
     assert command(monkeypatch, *small, *runs_) == 2  # pooled below one pixel
     assert "--model resnet9: " in one_line(capsys)
-    assert command(monkeypatch, *small[:1], "--model", "resnext34", "--batch-size", 1, "--size", 6, *runs_) == 2
+    assert command(monkeypatch, *small[:1], "--model", "resnext34-authors", "--batch-size", 1, *runs_) == 2
+    assert "Expected more than 1 value per channel" in one_line(capsys)
     assert not (tmp_path / "runs").exists()
 
 
