@@ -1003,7 +1003,7 @@ def test_without_a_terminal_it_prints_a_snapshot(busy, several):
         assert "\x1b" not in out
     assert command(busy.path, "--once", "--ascii")[1].isascii()
     closed = ["sh", "-c", f"{sys.executable} {ROOT / 'tui.py'} {busy.path} --once <&-"]
-    assert "FD error %" in subprocess.run(closed, capture_output=True, text=True, check=True).stdout
+    assert "resumed @50" in subprocess.run(closed, capture_output=True, text=True, check=True).stdout
     assert "which is more robust?" in command(*(run.path for run in several))[1].splitlines()[0]
 
 
