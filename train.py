@@ -751,7 +751,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     if options.method == "fd" and options.h < 1e-3:
         notes.append(f"--h {options.h:g}: float32 loses digits of the finite difference, choose a larger one")
     if (options.amp or (options.recipe == "fast" and may_round(options))) and not has_bfloat16(world.device):
-        notes.append("no bfloat16 known here: --amp is slow; --recipe fast takes float32, two to five times as long")
+        notes.append("no bfloat16 known here: --amp is slow; --recipe fast takes float32, some three times as long")
     notes += try_out(network.to(world.device), options, images, world)
     return config | {"omega_method": "ascent", "notes": notes, "sources": models.sources_of(options.model)}
 

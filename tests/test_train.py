@@ -932,6 +932,24 @@ def test_a_network_of_ours_is_not_taken_for_a_folder_of_its_name(monkeypatch, tm
     assert command(monkeypatch, *SMALL, "--epochs", 1, "--model", "cnn") == 0
 
 
+@pytest.mark.parametrize(
+    ("known", "able"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_taken_where_the_processor_has_instructions_for_it(monkeypatch, known, able):
+    """Emulated it takes ten times as long as float32; a torch that cannot tell has none."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert train.has_bfloat16(cpu) is able
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not train.has_bfloat16(cpu)
+
+
 def test_the_fast_recipe_rounds_where_a_step_has_the_digits(monkeypatch):
     source = data.InMemory(torch.zeros(1024, 3, 2, 2, dtype=torch.uint8), torch.zeros(1024, dtype=torch.int64))
     images, world = data.Data(source, source, list("ab"), 3), runs.World("cpu")
