@@ -29,10 +29,9 @@ import torch
 from torch import Generator, Tensor
 
 import gradreg
-from gradreg import column, direction, dual_norm, gradient, input_gradient, project, steepest, uniform_ball, vector_norm
+from gradreg import Model, column, direction, dual_norm, input_gradient, margin, project, steepest, uniform_ball
 
 Norm = Literal["l2", "linf"]
-Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 
 SUITE = ("fab", "pgd", "boundary", "logbarrier", "carlini_wagner")
 CALLS = 300  # an image: the default budget, and the least with which masked gradients are looked for
@@ -50,12 +49,6 @@ class Smallest(NamedTuple):
     calls: dict[str, float]
 
 
-def margin(logits: Tensor, labels: Tensor, topk: int = 1) -> Tensor:
-    """The k-th largest logit of another class, minus the label's (N,): positive where it is not in the top k."""
-    label, rival = _compared(logits, labels, topk)
-    return rival - label
-
-
 def ahead(logits: Tensor, labels: Tensor) -> Tensor:
     """How many classes come before the label (N,): of a larger logit, or of as large a one and first, as for argmax."""
     return (logits.argsort(dim=1, descending=True, stable=True) == labels[:, None]).int().argmax(dim=1)
@@ -65,7 +58,7 @@ def distance(images: Tensor, adversarial: Tensor, norm: Norm) -> Tensor:
     """||adversarial_i - images_i|| (N,), in units of images, measured and returned in float64."""
     if norm not in ("l2", "linf"):
         raise ValueError(f"attacks are measured in l2 or linf, not {norm!r}")
-    return vector_norm(adversarial.double() - images.double(), norm)
+    return gradreg.vector_norm(adversarial.double() - images.double(), norm)
 
 
 def smallest(
@@ -160,7 +153,7 @@ def _check(best: "_Best", gradients: bool) -> None:
 
 def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
     """search(best, *, generator, ...) as an attack: the checks before it, the images run again after it."""
-    least = {"steps": 1, "calls": 1, "restarts": int(search.__name__ == "pgd")}
+    least = {"steps": 1, "calls": 1, "rounds": 1, "restarts": int(search.__name__ == "pgd")}
 
     def attack(
         model: Model, images: Tensor, labels: Tensor, *, norm: Norm, topk: int = 1, start: Tensor | None = None,
@@ -174,7 +167,8 @@ def _attack(search: Callable[..., None]) -> Callable[..., Tensor]:
         best.settle()
         return best.adversarial
 
-    attack.search, attack.__name__, attack.__doc__ = search, search.__name__, search.__doc__
+    attack.search, attack.__doc__ = search, search.__doc__
+    attack.__name__ = attack.__qualname__ = search.__name__
     return attack
 
 
@@ -183,7 +177,7 @@ def fab(best, *, generator, steps: int | None = None, targets: int = 9, restarts
     """fab(..., steps, targets=9, restarts=6): projections onto the linearised boundary, class by class.
 
     After FAB (Croce & Hein 2020); a step is in `_follow`.  The first round ascends the margin, in half the steps; then
-    one round for each of the `targets` likeliest classes, nearest first (none with topk > 1); then `restarts` rounds
+    one round for each of the `targets` classes nearest to first order (none with topk > 1); then `restarts` rounds
     from beyond the best found (`_hop`).  A round costs at most 2 * steps + 1 calls an image, and ends where the
     linearised boundary is as far as the best found.  By default 80 steps; with topk > 1 240.
     """
@@ -199,7 +193,7 @@ def _hop(best, *, generator, steps: int = 20, rounds: range = range(1, 12), pati
 
     The first begins on the line through the best found, twice as far from the image; the others at random points up to
     twice its distance from it or, every fourth, from the image.  Every other one ascends the logit of a class, the
-    likeliest first.  An image is left after `patience` rounds without gain.
+    second likeliest of the others first.  An image is left after `patience` rounds without gain.
     """
     idle, classes = torch.zeros_like(best.labels), best.likeliest[:, : len(rounds)]
     for number in rounds:
@@ -341,8 +335,8 @@ def boundary(best, *, generator, calls: int = 450) -> None:
     After Brendel et al. (2018), from `start` or else from noise.  Their walk moves at random along the boundary, then
     towards the image, and keeps what is still misclassified.  Here a refused move counts, too: on a flat boundary the
     opposite one would have held.  So a round tries orthogonal moves, and turns the plane that it takes the boundary for
-    towards those that held and away from the others (the estimate of HopSkipJump, Chen et al. 2020).  At most
-    calls + 52 calls; 3 to 4 n of them (n values an image) bring it within 5 % of a plane in thousands of dimensions.
+    towards those that held and away from the others (the estimate of HopSkipJump, Chen et al. 2020).  3 to 4 n calls
+    (n values an image) bring it within 5 % of a plane in thousands of dimensions.  At most calls + 55, and `settle`'s.
     """
     generator = _child(generator)
     _start_from_noise(best, generator)
@@ -381,9 +375,9 @@ def _round(best, rows, x0, z, normal, reach, moves) -> tuple[Tensor, Tensor, Ten
     def aside(way: Tensor) -> Tensor:
         return (z + (reach * (z - x0).norm(dim=1))[:, None] * way).clamp(0, 1)
 
-    def ahead(part: Tensor) -> Tensor:  # just nearer than z, in the direction of the plane's nearest point
+    def nearer(part: Tensor) -> Tensor:  # just nearer than z, in the direction of the plane's nearest point
         x = delta.lerp(flat, part[:, None])
-        shrink = 0.9999 * vector_norm(delta, best.norm) / vector_norm(x, best.norm)
+        shrink = 0.9999 * gradreg.vector_norm(delta, best.norm) / gradreg.vector_norm(x, best.norm)
         return (x0 + shrink.nan_to_num(0, 0, 0)[:, None] * x).clamp(0, 1)
 
     held, kept, every = 0, 0, 0
@@ -395,21 +389,21 @@ def _round(best, rows, x0, z, normal, reach, moves) -> tuple[Tensor, Tensor, Ten
     lean = kept - share * every  # along the plane, where those moves go that held
     lean = direction(lean - (lean * normal).sum(dim=1, keepdim=True) * normal, "l2")
     # A move along lean - 2^t normal holds iff <true normal, lean> > 2^t <true normal, normal>.
-    none = torch.full_like(reach, -7)
-    low, high = _bisected(lambda t: holds(aside(direction(lean - (2**t)[:, None] * normal, "l2"))), none, none + 10, 4)
-    normal = direction(normal + torch.where(low > none, 2 ** ((low + high) / 2), 0)[:, None] * lean, "l2")
+    low, high = _bisected(lambda t: holds(aside(direction(lean - (2**t)[:, None] * normal, "l2"))), reach, -7, 3, 4)
+    normal = direction(normal + torch.where(low > -7, 2 ** ((low + high) / 2), 0)[:, None] * lean, "l2")
     # On a flat boundary half of the moves hold: where far fewer or more do, it bends within their reach.
     reach = (reach * (1.3 - 2 * (share[:, 0] - 0.5).abs())).clamp(1e-3, 1)
     delta = z - x0
     flat = nearest(normal, (normal * delta).sum(dim=1), x0, best.norm)
-    part, _ = _bisected(lambda part: holds(ahead(part)), 0 * none, 0 * none + 2, 2)
-    z = ahead(part).where(part[:, None] > 0, z)
-    t, _ = _bisected(lambda t: holds(x0.lerp(z, 1 - (2**-t)[:, None])), none + 20, 0 * none, 8)
+    part, _ = _bisected(lambda part: holds(nearer(part)), reach, 0, 2, 2)
+    z = nearer(part).where(part[:, None] > 0, z)
+    t, _ = _bisected(lambda t: holds(x0.lerp(z, 1 - (2**-t)[:, None])), reach, 13, 0, 8)
     return x0.lerp(z, torch.where(t < 13, 1 - 2**-t, 1)[:, None]), normal, reach
 
 
-def _bisected(holds, yes: Tensor, no: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Where `holds` changes between yes and no, closed in on by halving from both sides."""
+def _bisected(holds, like: Tensor, yes: float, no: float, halvings: int) -> tuple[Tensor, Tensor]:
+    """Where `holds` changes between yes and no (N,), closed in on by halving from both sides."""
+    yes, no = torch.full_like(like, yes), torch.full_like(like, no)
     for _ in range(halvings):
         middle = (yes + no) / 2
         held = holds(middle)
@@ -423,17 +417,17 @@ def _child(generator: Generator | None) -> Generator:
     return Generator(device).manual_seed(torch.randint(2**62, (), generator=generator, device=device).item())
 
 
-def _start_from_noise(best, generator, tries: int = 40, halvings: int = 10) -> None:
+def _start_from_noise(best, generator, halvings: int = 10) -> None:
     """Noise of growing weight, uniform or black and white (the box's corners), then bisection towards the image."""
-    for k in range(tries):  # all of them are drawn, whatever the batch
+    for k in range(40):  # all of them are drawn, whatever the batch
         rows = best.rows(best.distances.isinf(), 1 + halvings)
         x, options = best.images[rows], {"device": generator.device, "generator": generator}
         noise, share = (torch.rand(shape, dtype=x.dtype, **options).to(x.device) for shape in (x.shape[1:], ()))
         noise = (noise < share).to(x) if k % 2 else noise
         best.test(rows, x.lerp(noise.expand_as(x), min(1.0, 0.1 * (k + 1))))
     rows = best.rows(best.distances.isfinite(), halvings)
-    x, far, here = best.images[rows], best.adversarial[rows], torch.zeros_like(best.images[rows].flatten(1)[:, 0])
-    _bisected(lambda part: best.test(rows, x.lerp(far, column(part, x))) > 0, here + 1, here, halvings)
+    x, far = best.images[rows], best.adversarial[rows]
+    _bisected(lambda part: best.test(rows, x.lerp(far, column(part, x))) > 0, x.flatten(1)[:, 0], 1, 0, halvings)
 
 
 @_attack
@@ -444,7 +438,7 @@ def logbarrier(best, *, generator, steps: int = 50) -> None:
     where that is misclassified and nearer.  A step minimises that function exactly with m linearised at the iterate,
     box included: it finds the point nearest to the image where the linearised margin is
 
-        m = lam ||g||_* / ||delta||,   here with lam = mu ||delta||^2,   mu from 0.5 down to 0.001           (2)
+        m = lam ||g||_* / ||delta||,   here with lam = mu ||delta||^2,   mu from 0.5 down to 0.001           (*)
 
     so that mu is the relative distance still kept from the boundary, at any scale of model and image.  A step that
     would be classified correctly is halved, at most 4 times, then not taken.  At most 7 * steps + 64 + topk calls.
@@ -459,7 +453,7 @@ def logbarrier(best, *, generator, steps: int = 50) -> None:
     for step in range(steps if len(rows) else 0):
         mu = 0.5 * 0.002 ** (step / max(1, steps - 1))
         aimed, grad, _ = best.aim(rows, z)
-        kept = mu * distance(x0, z, best.norm).to(z) * dual_norm(grad, best.norm)  # eq. (2)
+        kept = mu * distance(x0, z, best.norm).to(z) * dual_norm(grad, best.norm)  # (*)
         need = (grad * (z - x0)).flatten(1).sum(dim=1) - aimed + kept
         goal = x0 + nearest(grad, need, x0, best.norm)
         todo = torch.arange(len(rows), device=rows.device)
@@ -573,9 +567,10 @@ class _Best:
 
     def __init__(self, model, images, labels, norm, topk, start=None) -> None:
         gradreg.check_data(model, images, labels)
-        gradreg.check_images(images if start is None else start, "start")
-        if start is not None and start.shape != images.shape:
-            raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
+        if start is not None:
+            gradreg.check_images(start, "start")
+            if start.shape != images.shape:
+                raise ValueError(f"start must be like images, {tuple(images.shape)}, not {tuple(start.shape)}")
         distance(images[:0], images[:0], norm)  # raises where norm is none
         self.model, self.images, self.labels, self.norm, self.topk = model, images.detach(), labels, norm, topk
         self.started, self.adversarial = start is not None, self.images.clone()
@@ -592,7 +587,7 @@ class _Best:
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels must be in 0 .. {classes - 1}, the model's classes")
         self.likeliest = self.logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
-        label, rival = _compared(self.logits, labels, topk)
+        label, rival = gradreg.compared(self.logits, labels, topk)
         self.distances = self.limit.masked_fill(ahead(self.logits, labels) >= topk, 0)
         self.roundoff = _roundoff(self.logits, labels, topk)
         self.firm = 64 * torch.finfo(label.dtype).eps * (label - rival).clamp_min(0)  # what sums differ by as a rule
@@ -663,8 +658,8 @@ class _Best:
             others = logits.detach().scatter(1, label, -torch.inf)
             leads = logits.gather(1, others.topk(self.topk, dim=1).indices if goal is None else goal[rows])
             leads = leads - logits.gather(1, label)
-            ahead = (leads > 0) & (leads.detach().amin(dim=1, keepdim=True) < 0)  # already: no help, no harm
-            leads = leads.masked_fill(ahead, 0)
+            leading = (leads > 0) & (leads.detach().amin(dim=1, keepdim=True) < 0)  # already: no help, no harm
+            leads = leads.masked_fill(leading, 0)
             aimed = (_shares(leads.detach(), blend) * leads).sum(dim=1) - slack
             grad = _gradient(aimed, z)
         self.spent[rows] += 1
@@ -672,7 +667,7 @@ class _Best:
         return aimed.detach(), grad, margins
 
     def judge(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        label, rival = _compared(logits, self.labels[rows], self.topk)
+        label, rival = gradreg.compared(logits, self.labels[rows], self.topk)
         slack = self.roundoff[rows] * (label.abs() + rival.abs()) + self.firm[rows]
         return rival - label - slack, slack
 
@@ -686,10 +681,10 @@ class _Best:
         rows, spread = self.rows(self.distances.isfinite()), 0
         x0, far = self.images[rows], self.adversarial[rows]
         self.distances[rows], self.adversarial[rows] = torch.inf, x0
-        for further in (0, *(2.0**k for k in range(-14, 2))):
+        for further, runs, times in ((0, RUNS, 3), *((2.0**k, 8, 1) for k in range(-14, 2))):
             if len(rows) == 0:
                 return
-            runs, times, x = 8 if further else RUNS, 1 if further else 3, x0.lerp(far, 1 + further).clamp(0, 1)
+            x = x0.lerp(far, 1 + further).clamp(0, 1)
             margins = self.logits.new_zeros(runs, len(rows))
             for run in range(runs):
                 for some in torch.arange(len(rows), device=rows.device).roll(run).flip(0).chunk(1 + run % 3):
@@ -704,25 +699,14 @@ class _Best:
 def _gradient(values: Tensor, x: Tensor, **graph: bool) -> Tensor:
     """`gradreg.gradient`, and what to do where there is none."""
     try:
-        return gradient(values, x, **graph)
-    except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        if isinstance(error, RuntimeError):
-            if "not implemented" not in why:
-                raise
-            why = f"no gradient comes through the model ({why})"
-        raise ValueError(f"{why}; {_BY_DECISIONS}") from None
+        return gradreg.gradient(values, x, **graph)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_BY_DECISIONS}") from None
 
 
 def _inside(x: Tensor) -> Tensor:
     """x, off the faces of the box by a rounding: there a network that clips its images has no gradient."""
     return x.clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps)
-
-
-def _compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The two logits that decide, (N,) each: the label's, and the k-th largest of the others."""
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None])[:, 0], others.topk(topk, dim=1).values[:, -1]
 
 
 def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
@@ -738,19 +722,19 @@ def _roundoff(logits: Tensor, labels: Tensor, topk: int) -> Tensor:
     return eps / 2
 
 
-def _in_ball(best, *, generator: Generator | None, probe: float = 0.02, off: float = 0.3) -> None:
+def _in_ball(best, *, generator: Generator | None) -> None:
     """PGD in a ball of 0.99 of the distance; doubts images whose gradients are not what they should be.
 
     That is: over 2 % of the distance, from the image or from the nearest adversarial one, the margin changes by 30 %
     more or less than its gradient says (unmasked: 7 % at most).  Not with topk > 1, where classes tie.  27 calls.
     """
     rows, radius = best.rows(best.distances.isfinite()), best.distances.where(best.distances.isfinite(), 0)
-    for points, sign in ((best.images, probe), (best.adversarial, -probe)) if len(rows) and best.topk == 1 else ():
+    for points, sign in ((best.images, 0.02), (best.adversarial, -0.02)) if len(rows) and best.topk == 1 else ():
         x = points[rows]
         _, grad, margins = best.aim(rows, x, blend=0)
         moved = (x + column((sign * radius[rows]).to(x), x) * steepest(grad, best.norm)).clamp(0, 1)
         said, done = (grad * (moved - x)).flatten(1).sum(dim=1), best.test(rows, moved) - margins
-        best.doubted[rows] |= ~((done - said).abs() <= off * said.abs())
+        best.doubted[rows] |= ~((done - said).abs() <= 0.3 * said.abs())
     _break(best, rows, 0.99 * radius, [None], 10, generator)
 
 

@@ -24,7 +24,7 @@ valid, since only the sign counts, nearer to linear, and no bound changes when l
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,9 +33,8 @@ from scipy import optimize, special, stats
 from torch import Tensor
 
 import gradreg
-from gradreg import LossFn, Norm, column, dual_norm, gradient, input_gradient, vector_norm
+from gradreg import LossFn, Model, Norm, column, dual_norm, gradient, input_gradient, margin, vector_norm
 
-Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 Loss = Literal["probabilities", "logits"]
 NOTHING = "no image is classified correctly: there is nothing to bound"
 
@@ -50,14 +49,15 @@ def margin_loss(logits: Tensor, labels: Tensor, topk: int = 1, *, loss: Loss = "
     if loss not in ("probabilities", "logits"):
         raise ValueError(f"loss must be probabilities or logits, not {loss!r}")
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not (isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(labels) and 1 <= topk < shape[1]):
-        wanted = f"({len(labels)} images, more than {topk} classes)"
+    if not (isinstance(shape, tuple) and len(shape) == 2 and shape[0] == len(labels) and shape[1] > 1):
+        wanted = f"({len(labels)} images, classes)"
         raise ValueError(f"the model must return logits {wanted}, not {shape}: wrap what returns something else")
-    own = labels.clamp(0, shape[1] - 1)[:, None]
+    if not 1 <= topk < shape[1]:
+        raise ValueError(f"topk (with rivals, topk + rivals - 1) must be in 1 .. {shape[1] - 1}, not {topk}")
+    own = labels.clamp(0, shape[1] - 1)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))  # differences of 16-bit logits, in 32 bits
     scores = scores.softmax(dim=1) if loss == "probabilities" else scores
-    rivals = scores.scatter(1, own, -torch.inf).topk(topk, dim=1).values
-    losses, in_range = rivals[:, -1] - scores.gather(1, own)[:, 0], (own[:, 0] == labels).all()
+    losses, in_range = margin(scores, own, topk), (own == labels).all()
     if not (in_range & (logits < torch.inf).all() & ~losses.isnan().any()):
         reason = "the logits are not finite (-inf, for a class that cannot win, may be)"
         raise ValueError(reason if in_range else f"labels must be in 0 .. {shape[1] - 1}, the model's classes")
@@ -65,7 +65,7 @@ def margin_loss(logits: Tensor, labels: Tensor, topk: int = 1, *, loss: Loss = "
 
 
 def _margin_of(model: Model, labels: Tensor, topk: int, loss: Loss) -> LossFn:
-    return lambda x: margin_loss(model(x), labels, topk, loss=loss)
+    return lambda x: margin_loss(model(x.clone()), labels, topk, loss=loss)  # it may work in place
 
 
 class Margins(NamedTuple):
@@ -88,14 +88,14 @@ def margins(
     Column j belongs to the class that is (topk + j)-th largest of the others.  One rival is Section 2.  With more, a
     bound is the smallest over them: calibrated, it is much tighter, since the runner-up at x is often not the class
     nearest to x.  With ahead, for a pass more each way, a last column has what the tangent of l says of x at the point
-    where the linearised margin of the nearest rival is 0.  Raises ValueError, in one line, for what cannot be bounded.
+    where the linearised margin of the nearest rival is 0 (l1: on the way to it).  ValueError for what has no bound.
     """
     gradreg.check_data(model, images, labels)
     parts = []
     for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = model(x)
+            logits = model(x.clone())
             losses = [margin_loss(logits, y, topk + j, loss=loss) for j in range(rivals)]
             grads = [gradient(values, x, retain_graph=True) for values in losses]
         if torch.stack(grads).isnan().any():
@@ -123,7 +123,6 @@ def _tangent_ahead(loss_fn: LossFn, x, losses, norms, grads, norm: Norm) -> tupl
 class Estimate(NamedTuple):
     """L (loss per unit of x), and omega (K,) at the increasing radii eps (K,), for margins such as it was made for."""
 
-    method: str
     norm: Norm
     topk: int
     loss: Loss
@@ -251,7 +250,7 @@ def estimate_by_sampling(
     columns = maxima.double().T.cpu().numpy()
     lipschitz, *omega = (max(float(fit_gev(values).quantile(p)), float(values.max())) for values in columns)
     omega = torch.tensor(omega).to(maxima).clamp_min(0)  # v = 0 is in every ball
-    return Estimate("sampling", norm, topk, loss, lipschitz, torch.as_tensor(eps).to(omega), omega)
+    return Estimate(norm, topk, loss, lipschitz, torch.as_tensor(eps).to(omega), omega)
 
 
 def estimate_by_ascent(
@@ -278,7 +277,7 @@ def estimate_by_ascent(
     correct = losses < 0
     if not correct.any():
         raise ValueError(NOTHING)
-    return Estimate("ascent", norm, topk, loss, float(slopes[correct].max()), eps, brackets[correct].amax(0).to(eps))
+    return Estimate(norm, topk, loss, float(slopes[correct].max()), eps, brackets[correct].amax(0).to(eps))
 
 
 def estimate_by_calibration(
@@ -312,7 +311,7 @@ def estimate_by_calibration(
     limits = math.log10(float(known.min()) / 100), math.log10(float(known.max()))
     eps = torch.logspace(*limits, radii, dtype=d.dtype, device=d.device)
     how = margins.norm, margins.topk, margins.loss, lipschitz, eps, max(t, 0.0) * eps**exponent
-    return Estimate("calibration", *how, rivals=margins.losses.shape[1], ahead=margins.ahead)
+    return Estimate(*how, rivals=margins.losses.shape[1], ahead=margins.ahead)
 
 
 def omega_statistics(
@@ -352,6 +351,8 @@ def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk
         return model, images, eps
     try:  # not a function, nor a network that fixes its precision somewhere
         (exact := copy.deepcopy(model).double())(images[:1].double())
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError, TypeError):
         raise ValueError("radii below 1e-2 need float64, in which this model, or its copy, does not run") from None
     return exact, images.double(), eps
@@ -382,12 +383,13 @@ def _probe(loss_fn, x, eps, norm, steps, restarts, generator) -> tuple[Tensor, T
 def _ascend(loss_fn: LossFn, x: Tensor, v: Tensor, radius: float, norm: Norm, steps: int):
     """Projected gradient ascent on l with linearly shrinking steps: yields v and l(x + v), steps + 1 times."""
     radius *= 1 - 1e-6  # so that the rounding of x + v - x does not push v out of its ball
-    for step in range(steps + 1):
-        v = gradreg.project(x + v, x, radius, norm) - x
-        losses, grad = input_gradient(loss_fn, x + v) if step < steps else (loss_fn(x + v), None)
+    v = gradreg.project(x + v, x, radius, norm) - x
+    for step in range(steps):
+        losses, grad = input_gradient(loss_fn, x + v)
         yield v, losses
-        if step < steps:
-            v = v + radius * (1 - step / steps) * gradreg.steepest(grad, norm)
+        v = v + radius * (1 - step / steps) * gradreg.steepest(grad, norm)
+        v = gradreg.project(x + v, x, radius, norm) - x
+    yield v, loss_fn(x + v)
 
 
 class GEV(NamedTuple):

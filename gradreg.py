@@ -38,6 +38,7 @@ from torch import Tensor
 
 Norm = Literal["l2", "linf", "l1"]  # of the ATTACK; its dual is taken in `dual_norm` and nowhere else
 LossFn = Callable[[Tensor], Tensor]  # images (N, ...) -> one loss per image (N,)
+Model = Callable[[Tensor], Tensor]  # images (N, ...) in [0, 1] -> logits (N, classes)
 
 
 class Penalised(NamedTuple):
@@ -91,7 +92,7 @@ def input_gradient(loss_fn: LossFn, x: Tensor, **graph: bool) -> tuple[Tensor, T
     """Losses (N,) and grad (N, ...), both detached: row i of grad is the gradient of the loss of image i.
 
     One forward pass and one backward pass to the input alone, which touches no gradient of the weights.  With torch's
-    retain_graph or create_graph neither is detached.  ValueError when loss_fn does not return one loss per image.
+    retain_graph the losses keep their graph, with create_graph both.  ValueError unless there is one loss per image.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -102,16 +103,40 @@ def input_gradient(loss_fn: LossFn, x: Tensor, **graph: bool) -> tuple[Tensor, T
 @torch.enable_grad()
 def gradient(losses: Tensor, x: Tensor, **graph: bool) -> Tensor:
     """d(sum of the losses)/dx; graph: retain_graph, create_graph.  ValueError, in one line, where there is none."""
-    grad = torch.autograd.grad(losses.sum(), x, allow_unused=True, **graph)[0] if losses.requires_grad else None
+    try:
+        grad = torch.autograd.grad(losses.sum(), x, allow_unused=True, **graph)[0] if losses.requires_grad else None
+    except NotImplementedError as error:
+        why = str(error).partition("\n")[0] or "a part of it has no backward pass"
+        raise ValueError(f"no gradient comes through the model: {why}") from None
     if grad is None:
         raise ValueError("no gradient comes through to the images: something detaches them, or runs under no_grad")
     return grad
 
 
+def _per_image(losses: Tensor, x: Tensor) -> Tensor:
+    if (got := tuple(losses.shape)) != (len(x),):
+        raise ValueError(f"loss_fn must return one loss per image, shape ({len(x)},), not {got}: use reduction='none'")
+    return losses
+
+
+def _same_draw(loss_fn: LossFn, x: Tensor) -> LossFn:
+    """loss_fn, every call of which begins with the random state of this moment (read in microseconds)."""
+    restores = [(torch.set_rng_state, torch.get_rng_state())]
+    if x.device.type not in ("cpu", "meta"):
+        device = torch.get_device_module(x.device)
+        restores.append((device.set_rng_state, device.get_rng_state(x.device), x.device))
+
+    def replayed(z: Tensor) -> Tensor:
+        for restore, *state in restores:
+            restore(*state)
+        return loss_fn(z)
+
+    return replayed
+
+
 def dual_norm(grad: Tensor, norm: Norm) -> Tensor:
     """||grad_i||_* (N,), dual to the attack's norm: l2 -> l2, linf -> l1, l1 -> linf.  Loss per unit of x."""
-    check_norm(norm)
-    return vector_norm(grad, {"l2": "l2", "linf": "l1", "l1": "linf"}[norm])
+    return vector_norm(grad, {"linf": "l1", "l1": "linf"}.get(norm, norm))
 
 
 def direction(grad: Tensor, norm: Norm) -> Tensor:
@@ -184,7 +209,7 @@ def ascent_penalty(
     slopes = (grad * d).flatten(1).sum(1)
     reach = (scale * lam * (slopes if squared else torch.full_like(slopes, 0.5))).clamp_max(h)
     ahead = _per_image(loss_fn(torch.cat([x[:m] + column(reach, x) * d, x[m:]]).detach()), x)
-    penalties = ahead.new_zeros(len(x)).detach()
+    penalties = ahead.new_zeros(len(x))
     penalties[:m] = scale * (slopes.square() if squared else slopes)
     return Penalised(torch.cat([losses, ahead[m:].detach()]) + (ahead - ahead.detach()), penalties, grad)
 
@@ -205,6 +230,18 @@ def check_data(model: Callable, images: Tensor, labels: Tensor) -> None:
     if not known or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         given = f"{labels.dtype} of shape {tuple(labels.shape)}" if known else f"a {type(labels).__name__}"
         raise ValueError(f"labels must be an int64 tensor, one per image, not {given}")
+
+
+def compared(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The two logits that decide, (N,) each: the label's, and the k-th largest of the others."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0], others.topk(topk, dim=1).values[:, -1]
+
+
+def margin(logits: Tensor, labels: Tensor, topk: int = 1) -> Tensor:
+    """The k-th largest logit of another class, minus the label's (N,): positive where it is not in the top k."""
+    label, rival = compared(logits, labels, topk)
+    return rival - label
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -279,27 +316,6 @@ def uniform_ball(like: Tensor, norm: Norm, generator: torch.Generator | None = N
     return v.view_as(like).to(like.device)
 
 
-def _same_draw(loss_fn: LossFn, x: Tensor) -> LossFn:
-    """loss_fn, every call of which begins with the random state of this moment (read in microseconds)."""
-    restores = [(torch.set_rng_state, torch.get_rng_state())]
-    if x.device.type not in ("cpu", "meta"):
-        device = torch.get_device_module(x.device)
-        restores.append((device.set_rng_state, device.get_rng_state(x.device), x.device))
-
-    def replayed(z: Tensor) -> Tensor:
-        for restore, *state in restores:
-            restore(*state)
-        return loss_fn(z)
-
-    return replayed
-
-
 def _sign(values: Tensor) -> Tensor:
     """The sign, and NaN for NaN, which torch.sign turns into a harmless 0."""
     return torch.where(values.isnan(), values, values.sign())
-
-
-def _per_image(losses: Tensor, x: Tensor) -> Tensor:
-    if (got := tuple(losses.shape)) != (len(x),):
-        raise ValueError(f"loss_fn must return one loss per image, shape ({len(x)},), not {got}: use reduction='none'")
-    return losses

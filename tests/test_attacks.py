@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from oracle import Looks, closed_form, digits, digits_mlp, exact_linf_distance, linear
+from oracle import Looks, NoBackward, closed_form, digits, digits_mlp, exact_linf_distance, linear
 from torch import nn
 
 import attacks
@@ -883,6 +883,30 @@ def test_networks_without_gradients_are_attacked_by_decisions_alone(kind):
         options = {} if name == "check_model" else {"norm": "l2"}
         with pytest.raises(ValueError, match=r"no gradient comes through .*attacks=\[\"boundary\"\]"):
             getattr(attacks, name)(model, images, labels, **options)
+
+
+@pytest.mark.parametrize("derivative", [lambda x: torch.special.gammainc(x + 1, x), NoBackward.apply])
+def test_a_model_without_a_derivative_is_refused_in_one_line(derivative):
+    """Of torch's own, which says so; of a user's, which may say nothing."""
+    images, _ = inputs()
+    model = Through(linear(seeded(0), 3, 8), before=derivative).eval()
+    labels = model(images).argmax(1)
+    for name in (*WHITE_BOX, "check_model"):
+        options = {} if name == "check_model" else {"norm": "l2"}
+        with pytest.raises(ValueError, match=r"no gradient comes through .*attacks=\[\"boundary\"\]") as refused:
+            getattr(attacks, name)(model, images, labels, **options)
+        assert "\n" not in str(refused.value)
+
+
+def test_an_attack_without_a_single_round_is_refused():
+    images, labels = inputs()
+    with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
+        attacks.carlini_wagner(linear(seeded(0), 3, 8), images, labels, norm="l2", rounds=0)
+
+
+def test_errors_of_python_name_the_attack():
+    with pytest.raises(TypeError, match=r"^pgd\(\) missing 1 required positional argument: 'labels'"):
+        attacks.pgd(linear(seeded(0), 3, 8), inputs()[0], norm="l2")
 
 
 @pytest.mark.parametrize(

@@ -270,9 +270,9 @@ FOUND = bounds.Margins(-torch.ones(200, 1), torch.ones(200, 1), "l2", 1, "logits
                 ({"block_size": 0}, "blocks of one image"), ({"blocks": 4}, "5 finite maxima"),
             )
         ],
-        (lambda: margins(*LINE[:3], norm="l2", topk=2), "more than 2 classes"),
-        (lambda: margins(*LINE[:3], norm="l2", topk=0), "more than 0 classes"),
-        (lambda: margins(*LINE[:3], norm="l2", rivals=2), "more than 2 classes"),
+        (lambda: margins(*LINE[:3], norm="l2", topk=2), r"must be in 1 \.\. 1, not 2"),
+        (lambda: margins(*LINE[:3], norm="l2", topk=0), r"must be in 1 \.\. 1, not 0"),
+        (lambda: margins(*LINE[:3], norm="l2", rivals=2), r"rivals - 1\) must be in 1 \.\. 1, not 2"),
         (lambda: margins(*LINE[:3], norm="L2"), "norm must be one of"),
         *[
             (lambda how=how: estimate_by_calibration(FOUND, torch.ones(200), **how), "0 < alpha < 1 and a positive")
@@ -290,6 +290,44 @@ def test_arguments_without_a_meaning_are_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("derivative", [lambda x: torch.special.gammainc(x + 1, x), oracle.NoBackward.apply])
+def test_a_model_without_a_derivative_is_refused_in_one_line(derivative):
+    """Of torch's own, which says so; of a user's, which may say nothing."""
+    model = Changed(LINE[0], images=derivative).eval()
+    for call in (
+        lambda: margins(model, *LINE[1:3], norm="l2"),
+        lambda: omega_statistics(model, *LINE[1:3], norm="l2", eps=[0.5]),
+    ):
+        with pytest.raises(ValueError, match=r"no gradient comes through the model: .") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_works_in_place_has_the_same_bounds():
+    model, images, labels, *_ = LINE
+    in_place = Changed(model, images=lambda x: x.mul_(2).div_(2)).eval()
+    for norm in NORMS:
+        found = [margins(m, images, labels, norm=norm, ahead=True) for m in (model, in_place)]
+        assert torch.equal(found[0].losses, found[1].losses)
+        assert torch.equal(found[0].grad_norms, found[1].grad_norms)
+    how = {"norm": "l2", "eps": torch.tensor([0.2, 0.5])}
+    estimates = [estimate_by_ascent(m, images, labels, **how) for m in (model, in_place)]
+    assert torch.equal(estimates[0].omega, estimates[1].omega)
+
+
+def test_a_lack_of_memory_is_told_as_one():
+    def exhausted(x):
+        if x.dtype == torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    network = linear_network(torch.randn(3, 6), torch.zeros(3), torch.float32)
+    images, eps = torch.rand(5, 6), torch.tensor([1e-3, 1e-1])
+    model = Changed(network, images=exhausted).eval()
+    with pytest.raises(torch.OutOfMemoryError):
+        estimate_by_ascent(model, images, network(images).argmax(1), norm="l2", eps=eps)
 
 
 def test_radii_do_not_follow_from_gradients_that_are_zero():
@@ -388,7 +426,7 @@ def test_exact_moduli_of_a_linear_softmax_never_give_a_false_bound(seed, norm):
     shift = eps[:, None] * size * torch.linspace(-1, 1, 81, dtype=torch.float64)
     brackets = -((u[:, None, None] + shift) / 2).tanh() - value[:, None, None] - slope[:, None, None] * shift
     omega = brackets.amax((0, 2)) + 1e-3  # more than the grid's error
-    estimate = Estimate("exact", norm, 1, "probabilities", float(size / 2), eps, omega)
+    estimate = Estimate(norm, 1, "probabilities", float(size / 2), eps, omega)
     found = margins(network, images, labels, norm=norm, loss="probabilities")
     torch.testing.assert_close(found.losses[:, 0], -(gaps / 2).tanh())
     torch.testing.assert_close(found.grad_norms[:, 0], 0.5 * size / (gaps / 2).cosh() ** 2)
@@ -573,7 +611,7 @@ def test_calibration_takes_the_smallest_modulus_that_keeps_it():
     found = bounds.Margins(-gaps, grads, "l2", 1, "logits")
     estimate = estimate_by_calibration(found, distances, alpha=0.05, radii=20_000)
     assert violations(omega_bound(found, estimate), distances).count <= 4
-    looser = Estimate("test", "l2", 1, "logits", 0.998 * estimate.lipschitz, estimate.eps, 0.998 * estimate.omega)
+    looser = Estimate("l2", 1, "logits", 0.998 * estimate.lipschitz, estimate.eps, 0.998 * estimate.omega)
     assert violations(omega_bound(found, looser), distances).count >= 5
     assert violations(lipschitz_bound(found, looser), distances).count >= 5
     assert omega_bound(found, estimate).max() <= distances.max() * (1 + 1e-9)
@@ -684,7 +722,7 @@ def test_scaled_logits_change_no_bound_of_the_logits_and_are_refused_by_the_prob
 def test_bounds_refuse_an_estimate_made_for_something_else():
     found = bounds.Margins(torch.zeros(3, 1), torch.ones(3, 1), "l2", 1, "logits")
     for other in (("linf", 1, "logits"), ("l2", 5, "logits"), ("l2", 1, "probabilities")):
-        estimate = Estimate("test", *other, 1.0, torch.ones(1), torch.ones(1))
+        estimate = Estimate(*other, 1.0, torch.ones(1), torch.ones(1))
         with pytest.raises(ValueError, match="the estimate has"):
             omega_bound(found, estimate)
 
@@ -703,7 +741,7 @@ def test_a_calibration_with_several_rivals_is_not_used_with_fewer():
 def test_several_rivals_give_the_smallest_of_their_bounds():
     losses, norms = torch.tensor([[-1.0, -1.5], [-1.0, -4.0]]), torch.tensor([[1.0, 3.0], [1.0, 1.0]])
     found = bounds.Margins(losses, norms, "l2", 1, "logits")
-    estimate = Estimate("test", "l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
+    estimate = Estimate("l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
     torch.testing.assert_close(omega_bound(found, estimate), torch.tensor([0.5, 1.0]))
     torch.testing.assert_close(lipschitz_bound(found, estimate), torch.tensor([0.5, 0.5]))
 
@@ -782,14 +820,14 @@ def test_a_bound_costs_one_forward_and_one_backward_per_image():
     network, images, labels, _, _ = two_class_line(0)
     model = Counted(network).eval()
     found = margins(model, images, labels, norm="l2", batch_size=7)
-    estimate = Estimate("test", "l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
+    estimate = Estimate("l2", 1, "logits", 2.0, torch.tensor([5.0]), torch.tensor([0.0]))
     omega_bound(found, estimate), lipschitz_bound(found, estimate)
     assert (model.forwards, model.backwards) == (40, 40)
 
 
 def test_one_zero_gradient_in_a_hundred_is_chance_and_two_are_masked():
     """A gradient may vanish by chance, on an image in a hundred; its bound is then the largest radius."""
-    estimate = bounds.Estimate("ascent", "l2", 1, "logits", 1.0, torch.tensor([0.1, 1.0]), torch.zeros(2))
+    estimate = bounds.Estimate("l2", 1, "logits", 1.0, torch.tensor([0.1, 1.0]), torch.zeros(2))
     for zeros in (1, 2):
         norms = torch.ones(100, 1).index_fill(0, torch.arange(zeros), 0.0)
         found = bounds.Margins(-torch.full((100, 1), 0.5), norms, "l2", 1, "logits")
