@@ -128,17 +128,17 @@ DUALS = {"l2": "‖∇‖₂", "linf": "‖∇‖₁", "l1": "‖∇‖∞"}
 ASCII = str.maketrans("━─│┤└▴▾✗●◐○■✓↻‖∇ωλ·–…₁₂∞★†", "=-||+^vx*o.#v~|gwl.-.12i*+")
 ASCII |= dict.fromkeys(range(0x2801, 0x2900), "*")  # braille
 
-# --- reading: files that others write, in bounded memory --------------------------------------------------------------
+# --- reading: files that others write ---------------------------------------------------------------------------------
 
 
 class Tail:
     """The whole lines of a growing file, each exactly once, also when it is truncated or replaced.
 
-    Opened anew at each poll (NFS); a line longer than `limit` goes by in pieces; `last`: only so many bytes at first.
+    Opened anew at each poll (NFS); a line longer than `limit` goes by in pieces.
     """
 
-    def __init__(self, path: Path, last: float = math.inf, limit: int = 1 << 19):
-        self.path, self.last, self.limit, self.error = path, last, limit, ""
+    def __init__(self, path: Path, limit: int = 1 << 19):
+        self.path, self.limit, self.error = path, limit, ""
         self.offset, self.size, self._known, self.behind = 0, 0, None, False  # behind: more can be read at once
 
     def poll(self) -> tuple[bytes, bool]:
@@ -148,7 +148,7 @@ class Tail:
                 stat, head, old = os.fstat(file.fileno()), file.read(256), self._known
                 self.size, self._known = stat.st_size, (stat.st_dev, stat.st_ino, head)
                 grown = old and old[:2] == self._known[:2] and head.startswith(old[2]) and self.size >= self.offset
-                self.offset = self.offset if grown else int(max(0, self.size - self.last))
+                self.offset = self.offset if grown else 0
                 file.seek(self.offset)
                 chunk, self.error = file.read(self.limit), ""
                 self.behind = len(chunk) == self.limit
@@ -174,50 +174,30 @@ def parse(text: bytes) -> Any:
 
 
 class Table:
-    """The records of one kind in the order of their step, in at most `cap` rows however long the run is.
+    """The records of one kind in the order of their step: `data` is (columns, rows or more)."""
 
-    `data` is (3, columns, rows): mean, least and greatest.  When the table is full, neighbouring rows are merged
-    in pairs, whose extremes are kept: no spike is ever lost.  A merged row lies where its later record did.
-    """
+    def __init__(self, names: Sequence[str]):
+        self.names, self.rows, self.data = {name: i for i, name in enumerate(names)}, 0, np.empty((len(names), 0))
 
-    def __init__(self, names: Sequence[str], cap: int = 1 << 18):
-        self.names, self.cap, self.rows = {name: i for i, name in enumerate(names)}, cap, 0
-        self.data = np.empty((3, len(names), 0))
-
-    def column(self, name: str, part: int = 0) -> np.ndarray:
-        """The values of one column, a row each: 0 their mean, 1 the least, 2 the greatest of merged rows."""
-        return self.data[part, self.names[name], : self.rows]
-
-    @property
-    def steps(self) -> np.ndarray:
-        return self.column("step", 2)
+    def column(self, name: str) -> np.ndarray:
+        return self.data[self.names[name], : self.rows]
 
     def append(self, values: np.ndarray) -> None:
-        """Add rows, (columns, fewer than cap); steps that run backwards are put where they belong."""
-        while self.rows + values.shape[1] > self.cap:
-            self._halve()
+        """Add rows, (columns, rows); steps that run backwards are put where they belong."""
         start, self.rows = self.rows, self.rows + values.shape[1]
-        if (room := self.data.shape[2]) < self.rows:
-            self.data = np.pad(self.data, [(0, 0), (0, 0), (0, min(self.cap, 2 * self.rows) - room)])
-        self.data[:, :, start : self.rows] = values
-        if (np.diff(self.steps[max(0, start - 1) :]) < 0).any():
-            self.data[:, :, : self.rows] = self.data[:, :, np.argsort(self.steps, kind="stable")]
-
-    def _halve(self) -> None:
-        """Merge neighbours in pairs; an odd last row stays as it is."""
-        n, rows = self.rows // 2, self.rows
-        for v in np.moveaxis(self.data, 1, 0):  # one column at a time, for the sake of memory
-            low, high = (pick(v[:, 0 : 2 * n : 2], v[:, 1 : 2 * n : 2]) for pick in (np.fmin, np.fmax))
-            pairs = [low[0] / 2 + high[0] / 2, low[1], high[2]]  # where one is missing, both are the other
-            v[:, : rows - n] = np.concatenate([pairs, v[:, 2 * n : rows]], axis=1)
-        self.rows -= n
+        if (room := self.data.shape[1]) < self.rows:
+            self.data = np.pad(self.data, [(0, 0), (0, 2 * self.rows - room)])
+        self.data[:, start : self.rows] = values
+        steps = self.column("step")
+        if (np.diff(steps[max(0, start - 1) :]) < 0).any():
+            self.data[:, : self.rows] = self.data[:, np.argsort(steps, kind="stable")]
 
 
 class Log:
     """All that metrics.jsonl says: two tables of numbers, the last events, and what was wrong with it."""
 
-    def __init__(self, cap: int = 1 << 18):
-        self.tables = {"step": Table(FIELDS["step"], cap), "epoch": Table(FIELDS["epoch"], cap // 8)}
+    def __init__(self):
+        self.tables = {kind: Table(names) for kind, names in FIELDS.items()}
         self.events: deque[Event] = deque(maxlen=500)
         self.nonfinite: list[tuple[float, str]] = []  # step and field, the first 500
         self.lines = self.skipped = 0
@@ -237,8 +217,8 @@ class Log:
             else:
                 self.skipped += len(list(group))
 
-    def column(self, name: str, part: int = 0) -> np.ndarray:
-        return self.tables[SERIES[name].table].column(name, part)
+    def column(self, name: str) -> np.ndarray:
+        return self.tables[SERIES[name].table].column(name)
 
     def _rows(self, kind: str, records: list[dict[str, Any]]) -> None:
         if kind == "epoch":
@@ -267,9 +247,9 @@ class Log:
         kind = clean(record.get("event", "event"), 20)
         if kind == "resume" and not math.isnan(step):  # records beyond its step are void
             for table in self.tables.values():
-                table.rows = int(np.searchsorted(table.steps, step, "right"))
+                table.rows = int(np.searchsorted(table.column("step"), step, "right"))
             self.last["step"] = self.checkpoint = self.resumed = step
-            self.last["time"] = np.fmax(self.last["time"], at)
+            self.last |= {"time": np.fmax(self.last["time"], at), "epoch": finite(record.get("epoch"), 0)}
             self.nonfinite = [mark for mark in self.nonfinite if mark[0] <= step]
         if kind == "checkpoint":  # there is one after each epoch, which has its line
             self.checkpoint = step
@@ -278,18 +258,18 @@ class Log:
 
 
 class Run:
-    """One run directory, followed.  With `last`, only so many bytes of a longer log are read."""
+    """One run directory, followed."""
 
-    def __init__(self, path: Path, last: float = math.inf):
-        self.path, self.limit, self.real, self.log, self.exists = path, last, os.path.realpath(path), Log(), True
-        self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / FILES[-1], last)
+    def __init__(self, path: Path):
+        self.path, self.real, self.log, self.exists = path, os.path.realpath(path), Log(), True
+        self.name, self.tail = clean(Path(self.real).name, 100), Tail(Path(self.real) / FILES[-1])
         self.config, self.status, self.summary, self.options = {}, {}, {}, {}
         self.arrived, self._caught_up = math.nan, False  # when, by our clock, a record came in while we watched
 
     def poll(self, now: float) -> bool:
         """Read what is new, of the log at most a slice; whether there was any of it.  Never raises."""
         if os.path.realpath(self.path) != self.real:  # runs/latest has moved on
-            self.__init__(self.path, self.limit)
+            self.__init__(self.path)
         lines, void = self.tail.poll()
         self.exists = os.path.isdir(self.real)
         config, self.status, self.summary = (document(Path(self.real) / name) for name in FILES[:-1])
@@ -363,7 +343,7 @@ def facts(run: Run, now: float) -> dict[str, Any]:
     `elapsed_s` counts from the making of the run to its latest sign of life, the speed over the last 200 records.
     """
     log, total, place = run.log, finite(run.config.get("steps_total"), 1), run.log.last["step"]
-    step, at = (log.tables["step"].column(name, 2)[-200:] for name in ("step", "time"))
+    step, at = (log.tables["step"].column(name)[-200:] for name in ("step", "time"))
     gaps = np.sort(np.diff(at[~np.isnan(at)][-50:]))
     state, note = judge(run, now, float(gaps[len(gaps) // 2]) if len(gaps) else math.nan)
     own = ~(step <= log.resumed)  # of before a resume, the speed is another one
@@ -385,9 +365,9 @@ def readings(log: Log) -> dict[str, dict[str, float]]:
     """Every series with a number among its last 200 records; `mean` is that of the last 30."""
     found = {}
     for name in SERIES:
-        recent = log.column(name)[-200:]
+        recent = (column := log.column(name))[-200:]
         if len(recent := recent[~np.isnan(recent)]):
-            low, high = np.fmin.reduce(log.column(name, 1)), np.fmax.reduce(log.column(name, 2))
+            low, high = np.fmin.reduce(column), np.fmax.reduce(column)
             values = {"last": recent[-1], "mean": recent[-30:].mean(), "least": low, "greatest": high}
             found[name] = {key: float(value) for key, value in values.items()}
     return found
@@ -407,7 +387,7 @@ def robustness(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float], A
         errors = [entries(known.get("error_pct")).items() for known in of]
         errors = [{finite(parse(radius.encode())): finite(error) for radius, error in e} for e in errors]
         radii = sorted(radius for radius in set(chain.from_iterable(errors)) if radius > 0) or [math.nan]
-        attacked = [radius for radius in radii if radius in [known["attack_eps"] for known in runs]]
+        attacked = [r for r in radii if any(math.isclose(r, finite(k["attack_eps"]), rel_tol=1e-3) for k in runs)]
         radius = (attacked or radii[(len(radii) - 1) // 2 :])[0]
         found.append((f"{name} distance", [finite(known.get("mean_distance")) for known in of], max, True))
         found.append((f"{name} err {number(radius, '.2g')}", [e.get(radius, math.nan) for e in errors], min, True))
@@ -416,9 +396,9 @@ def robustness(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float], A
 
 
 def runs_under(root: Path) -> list[Run]:
-    """The runs in a directory, latest first.  Of each only the end is read; links, as runs/latest, are passed over."""
+    """The runs in a directory, latest first.  Links, as runs/latest, are passed over."""
     paths = [p for p in root.glob("*") if p.is_dir() and not p.is_symlink() and p.name[0] != "."]
-    found = [Run(path, last=1 << 19).read_all() for path in paths]
+    found = [Run(path).read_all() for path in paths]
     found.sort(key=lambda run: -np.nan_to_num(np.fmax(run.log.last["time"], finite(run.config.get("created")))))
     return [run for run in found if run.config or run.status or run.log.lines]
 
@@ -443,12 +423,11 @@ class View(NamedTuple):
 def binned(table: Table, name: str, edges: np.ndarray) -> Bins:
     """Series `name` on the columns between `edges`: least and greatest value of a column's records, exact, and mean."""
     low, high, line = np.full((3, len(edges) - 1), math.nan)
-    cuts = np.searchsorted(table.steps, edges)
+    cuts = np.searchsorted(table.column("step"), edges)
     has, own = cuts[1:] > cuts[:-1], slice(cuts[0], cuts[-1])
     if has.any():
         starts, values = cuts[:-1][has] - cuts[0], table.column(name)[own]
-        low[has] = np.fmin.reduceat(table.column(name, 1)[own], starts)
-        high[has] = np.fmax.reduceat(table.column(name, 2)[own], starts)
+        low[has], high[has] = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
         counts = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
         line[has] = np.add.reduceat(np.nan_to_num(values), starts) / np.where(counts > 0, counts, math.nan)
     return Bins(low, high, line, has & np.isnan(low))
@@ -540,7 +519,7 @@ def braille(dots: np.ndarray) -> np.ndarray:
 
 def panels_of(runs: Sequence[Run]) -> list[tuple[str, list[Series]]]:
     """(title, series) of up to nine charts: the first five, and others with data; comparing, one series each."""
-    known = [s for s in SERIES.values() if any(not np.isnan(run.log.column(s.name, 1)).all() for run in runs)]
+    known = [s for s in SERIES.values() if any(not np.isnan(run.log.column(s.name)).all() for run in runs)]
     panels = [(title, [s for s in known if s.panel == str(i)]) for i, title in enumerate(PANELS)]
     panels = [panel for i, panel in enumerate(panels) if panel[1] or i < 5]
     if len(runs) > 1:
@@ -550,7 +529,7 @@ def panels_of(runs: Sequence[Run]) -> list[tuple[str, list[Series]]]:
 
 def x_range(runs: Sequence[Run], zoom: int) -> tuple[float, float]:
     """The steps at the left and right edge.  They mostly stay put while a run grows, so that few cells change."""
-    steps = [table.steps[[0, -1]] for run in runs for table in run.log.tables.values() if table.rows]
+    steps = [table.column("step")[[0, -1]] for run in runs for table in run.log.tables.values() if table.rows]
     low, high = (float(np.min(steps)), float(np.max(steps))) if steps else (0.0, 0.0)
     low = low if low >= 0.3 * high else 0.0
     span = max(high - low, 1.0)
@@ -638,7 +617,7 @@ def name_ends(curves: Sequence[Curve], scale: Scale) -> dict[int, list[Part]]:
     return names
 
 
-def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: float = math.inf) -> list[Content]:
+def comparison(runs: Sequence[dict[str, Any]], names: Sequence[str], width: float) -> list[Content]:
     """Which is more robust?  Headings, then a row a run, the best of each column marked ★, and how it stands.
 
     Runs compete on the same data; an evaluation of another checkpoint does not (†).  Columns that do not fit go.
