@@ -351,9 +351,9 @@ def _prepare(model: Model, images: Tensor, labels: Tensor, eps, norm: Norm, topk
         return model, images, eps
     try:  # not a function, nor a network that fixes its precision somewhere
         (exact := copy.deepcopy(model).double())(images[:1].double())
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError) as error:
+        if "memory" in str(error):
+            raise
         raise ValueError("radii below 1e-2 need float64, in which this model, or its copy, does not run") from None
     return exact, images.double(), eps
 

@@ -9,12 +9,13 @@ The order of an epoch depends on (seed, epoch) alone, an image's augmentation on
 resumes within an epoch, and processes share a batch, without saving or sending random states.
 """
 
+import fcntl
 import os
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -35,12 +36,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SMALL = 64  # pixels: folders of images of one size up to this are held in memory
 TRIES = 2000  # images in a row: a lost class of ImageNet (1300) does not end a run, a lost disk does
 PARTS = {"train", "test", "val"}
-DataError = Unusable  # of data that is missing or cannot be used
 EXPECTED = "expected train/<class>/*, and test/ or val/ beside it (train.py keeps a share of train/ with --split 0.2)"
 
 Batch = tuple[Tensor, Tensor]  # images in [0, 1], labels
 Place = str | os.PathLike | None
-Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise DataError
+Problems = list[str] | None  # collects a line for each unreadable image; without it, they raise Unusable
 
 warnings.filterwarnings("ignore", module="PIL")  # on metadata
 
@@ -91,12 +91,12 @@ def augment(images: Tensor, u: Tensor, *, border: int = 4, fill: int | None = 12
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """Context: a PIL image, opened but not yet decoded.  Raises DataError, naming the file, here or on decoding."""
+    """Context: a PIL image, opened but not yet decoded.  Raises Unusable, naming the file, here or on decoding."""
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace it or remove it") from None
+        raise Unusable(f"{path}: not a readable image ({error}); replace it or remove it") from None
 
 
 def eight_bits(image: Image.Image, channels: int = 3) -> Image.Image:
@@ -193,7 +193,7 @@ class Files:
         """Pixels, 0 to 255, and labels of the images at `indices`; a line for each image that cannot be read.
 
         Such a one is left out; if `train`, the next readable one takes its place, with its own label and the crop and
-        flip that were drawn for the place (so it is not seen twice alike).  DataError after TRIES in a row.
+        flip that were drawn for the place (so it is not seen twice alike).  Unusable after TRIES in a row.
         """
         tries, shown, problems = min(TRIES, len(self)) if self.train else 1, [], []
         lost = f"nor is any of the {tries - 1} images after it: is the disk there?"
@@ -204,11 +204,11 @@ class Files:
                     pixels[len(shown)] = self._image(self.path(i), u)
                     shown.append(i)
                     break
-                except DataError as error:
+                except Unusable as error:
                     problems.append(str(error))
             else:
                 if self.train:
-                    raise DataError(f"{problems[-tries]}; {lost}")
+                    raise Unusable(f"{problems[-tries]}; {lost}")
         images = torch.from_numpy(pixels[: len(shown)]).permute(0, 3, 1, 2)  # pinned, it travels beside the work
         return images.pin_memory() if torch.cuda.is_available() else images, self.labels[shown], problems
 
@@ -249,7 +249,7 @@ class Data:
             return min(self.train.images.shape[2:])
         sides = []
         for i in order(len(self.train), seed=0, epoch=0)[:100]:
-            with suppress(DataError), open_image(self.train.path(i)) as image:
+            with suppress(Unusable), open_image(self.train.path(i)) as image:
                 sides.append(min(image.size))
         return int(np.median(sides or self.train.size))
 
@@ -276,14 +276,14 @@ def _files(folder: str, inside: str = "") -> Iterator[str]:
 def list_images(
     root: Path, *parts: str, classes: Sequence[str] = (), channels: int = 3, split: float = 0, kept: bool = False
 ) -> Files:
-    """Images in the class folders of a part and folders inside these, as torchvision's ImageFolder.  Raises DataError.
+    """Images in the class folders of a part and folders inside these, as torchvision's ImageFolder.  Raises Unusable.
 
     What is hidden does not count.  Labels count in `classes`, or the part's own folders; the part is the first that has
     one (ImageNet's test/ has none).  The share `split`, a function of each name, is left out, or, if `kept`, the rest.
     """
     there = [root / part for part in parts if (root / part).is_dir()]
     if not there:
-        raise DataError(f"{root}: no folder {' or '.join(parts)} in it; {EXPECTED}")
+        raise Unusable(f"{root}: no folder {' or '.join(parts)} in it; {EXPECTED}")
     part = next((part for part in there if {*_folders(part)} & {*(classes or _folders(part))}), there[0])
     own, names, passed = _folders(part), [], []
     for name in _files(str(part)):
@@ -291,7 +291,7 @@ def list_images(
         (names if image else passed).append(name)
     if not names or len(classes or own) < 2:
         found = f"{len(names)} images in {len(own)} class folders"
-        raise DataError(f"{part}: {found}; expected at least 2, with images of these kinds: {' '.join(EXTENSIONS)}")
+        raise Unusable(f"{part}: {found}; expected at least 2, with images of these kinds: {' '.join(EXTENSIONS)}")
     used = [name.split("/")[0] for name in names]
     odd = {"passed over as no images of a class": passed, "class folders without images": sorted({*own} - {*used})}
     notes = [one_line(f"{part}: {len(some)} {what} ({', '.join(some[:3])})") for what, some in odd.items() if some]
@@ -299,33 +299,34 @@ def list_images(
         notes.append(f"{there[0]}: passed over, since it has no folders of the classes, unlike {part}")
     marks = np.array([zlib.crc32(os.fsencode(os.path.splitext(name)[0])) for name in names])
     if not (which := (marks < split * 2**32) == kept).any():
-        raise DataError(f"{part}: --split {split} leaves no image for {'testing' if kept else 'training'}")
+        raise Unusable(f"{part}: --split {split} leaves no image for {'testing' if kept else 'training'}")
     labels, classes = labels_of(used, own, classes or own, part)[which], classes or own
     return Files(part, np.array(names)[which], labels, classes, channels, notes=notes)
 
 
 def labels_of(names: Sequence[str], own: Sequence[str], classes: Sequence[str], where: str | Path) -> Tensor:
-    """Where the names, one for each image and each in `own`, stand in `classes`.  Raises DataError."""
+    """Where the names, one for each image and each in `own`, stand in `classes`.  Raises Unusable."""
     if unknown := sorted({*own} - {*classes}):
         known = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
-        raise DataError(f"{where}/{unknown[0]}: no training images for this class; the classes are {known}")
+        raise Unusable(f"{where}/{unknown[0]}: no training images for this class; the classes are {known}")
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[name] for name in names])
 
 
-def check_split(name: str, split: float) -> float:
-    """The same `split`.  Raises DataError for one that is no share, or where `name` is not a folder of images."""
-    if split and name == "digits":
-        raise DataError("--split is for folders of images; digits has a test part: leave it out")
+def is_folder(name: str, root: Path, split: float) -> bool:
+    """Whether a data set at its `place` is a folder of images.  Raises Unusable for a `split` that it cannot have."""
+    folder = name != "digits" and bool(PARTS & {*_folders(root)})
+    if split and not folder:
+        raise Unusable(f"--split is for folders of images; {name} has a test part: leave it out")
     if not 0 <= split < 1:
-        raise DataError(f"--split {split:g}: must be a share from 0 to less than 1")
-    return split
+        raise Unusable(f"--split {split:g}: must be a share from 0 to less than 1")
+    return folder
 
 
 def held_out(root: Path, channels: int = 3, classes: Sequence[str] = (), split: float = 0) -> Files:
     """The images of test/ or val/, or the share `split` of train/; labels by `classes`, or train/'s, or their own."""
-    for part in {"test", "val"} & {*_folders(root)} if split else ():
-        raise DataError(f"{root / part}: is there, so no training images need be kept for testing: leave out --split")
+    if split and (there := {"test", "val"} & {*_folders(root)}):
+        raise Unusable(f"{root / min(there)}: is there, so no training images are kept for testing: leave out --split")
     how = {"classes": classes or _folders(root / "train"), "channels": channels, "split": split, "kept": split > 0}
     return list_images(root, *(["train"] if split else ["test", "val"]), **how)
 
@@ -352,7 +353,7 @@ def _held(*parts: Files) -> Sequence[Source]:
 
 
 def place(name: str, data_dir: Place = None) -> Path:
-    """The folder of a data set: what the user says, or `data`.  Raises DataError where none can be there.
+    """The folder of a data set: what the user says, or `data`.  Raises Unusable where none can be there.
 
     digits, cifar10 and imagenet are names, whatever lies in the working directory; all else is a folder's path.
     """
@@ -362,14 +363,8 @@ def place(name: str, data_dir: Place = None) -> Path:
     if not root.is_dir() and name not in NAMES:
         missing = f"{root}: no such folder" if data_dir or os.sep in name else f"unknown data set {name!r}"
         known = f"a data set is {', '.join(NAMES)}, or the path of an image folder"
-        raise DataError(f"{missing}; {known}; where it has moved, --data-dir names the place")
-    raise DataError(f"{root}: no folder train in it; {EXPECTED}" + "; --data-dir names another place" * (name in NAMES))
-
-
-def stored_place(options: dict[str, Any]) -> Path | None:
-    """Where the images of a run are, by the options in its config.json; None: where `place` looks by itself."""
-    where = options.get("data_dir") if options["dataset"] in NAMES else options["dataset"]
-    return Path(where) if where else None
+        raise Unusable(f"{missing}; {known}; where it has moved, --data-dir names the place")
+    raise Unusable(f"{root}: no folder train in it; {EXPECTED}" + "; --data-dir names another place" * (name in NAMES))
 
 
 def load(name: str, data_dir: Place = None, *, subset: int | None = None, channels: int = 3, split: float = 0) -> Data:
@@ -378,11 +373,11 @@ def load(name: str, data_dir: Place = None, *, subset: int | None = None, channe
     Folders are read as RGB, or grey if channels is 1; of one without a test part, the share `split` is that part.
     """
     root = place(name, data_dir)
-    if name == "digits" or not PARTS & {*_folders(root)}:
-        loaded = digits() if name == "digits" else cifar10(root)
-    else:
+    if is_folder(name, root, split):
         train = replace(list_images(root, "train", channels=channels, split=split), train=True)
         loaded = Data(train, held_out(root, channels, split=split), train.classes, channels)
+    else:
+        loaded = digits() if name == "digits" else cifar10(root)
     parts = [s.chosen(np.sort(order(len(s), seed=0, epoch=1)[:subset])) for s in (loaded.train, loaded.test)]
     train, test = parts if loaded.small else _held(*parts)
     return replace(loaded, train=train, test=test)
@@ -396,7 +391,7 @@ def load_test(
     With `classes`, those that a network knows, labels follow these names.  `small`: as `Data` says of its training.
     """
     root = place(name, data_dir)
-    if name != "digits" and PARTS & {*_folders(root)}:
+    if is_folder(name, root, split):
         files = held_out(root, channels, classes, split)
         return _held(files)[0] if small else files, files.classes
     loaded = load(name, data_dir)
@@ -416,14 +411,21 @@ def digits() -> Data:
 
 
 def cifar10(root: Path) -> Data:
-    """CIFAR-10 as torchvision stores it, downloaded into root when it is not there."""
+    """CIFAR-10 as torchvision stores it, downloaded into root when it is not there: by one process, others wait."""
     from torchvision.datasets import CIFAR10
 
+    base, lock = root / CIFAR10.base_folder, root / "download.lock"
     try:
-        parts = [CIFAR10(root, train=t, download=not (root / CIFAR10.base_folder).is_dir()) for t in (True, False)]
+        with ExitStack() as stack:
+            if not base.is_dir() or lock.exists():  # one process downloads it, others wait until it has
+                root.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError):  # some disks have no locks
+                    fcntl.flock(stack.enter_context(open(lock, "a")), fcntl.LOCK_EX)
+                    stack.callback(lock.unlink, missing_ok=True)
+            parts = [CIFAR10(root, train=part, download=not base.is_dir()) for part in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         reason, layout = str(error).split(". ")[0], f"{CIFAR10.base_folder}, or train/<class>/* and test/<class>/*"
-        raise DataError(f"--data-dir {root}: no usable CIFAR-10 ({reason}); it should hold {layout}") from None
+        raise Unusable(f"--data-dir {root}: no usable CIFAR-10 ({reason}); it should hold {layout}") from None
     pixels = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     train, test = (InMemory(x, torch.tensor(part.targets)) for x, part in zip(pixels, parts, strict=True))
     return Data(replace(train, augmented=True), test, list(parts[0].classes), channels=3)
@@ -451,14 +453,14 @@ def in_threads(function: Callable, items: Iterable, workers: int = 0, stop: Call
 
 
 def _stream(
-    source: Source, reads: Iterable[Callable], *, device: torch.device, problems: Problems = None, **threads: Any
+    source: Source, parts: Iterable, *, device: torch.device, problems: Problems = None, seed=0, epoch=0, **threads: Any
 ) -> Iterator[Batch]:
-    """What each of `reads` gets from source.batch, files `in_threads`, in [0, 1] on the device; no batch is empty."""
+    """The images at the indices of each part, files `in_threads`, in [0, 1] on the device; no batch is empty."""
     threads = threads if isinstance(source, Files) else {}
-    for images, labels, said in in_threads(lambda read: read(), reads, **threads):
+    for images, labels, said in in_threads(partial(source.batch, seed=seed, epoch=epoch), parts, **threads):
         for line in said:
             if problems is None:
-                raise DataError(line)
+                raise Unusable(line)
             problems.append(line)
         if len(images):
             yield images.to(device, non_blocking=True).float() / source.top, labels.to(device, non_blocking=True)
@@ -473,19 +475,17 @@ def training_batches(
     """
     shuffled, share = order(len(source), seed=seed, epoch=epoch), batch_size // processes
     starts = range(first * batch_size + rank * share, len(source) - batch_size + 1 + rank * share, batch_size)
-    reads = [partial(source.batch, shuffled[i : i + share], seed=seed, epoch=epoch) for i in starts]
-    return _stream(source, reads, **how)
+    return _stream(source, [shuffled[i : i + share] for i in starts], seed=seed, epoch=epoch, **how)
 
 
 def evaluation_batches(source: Source, *, batch_size: int, rank: int = 0, processes: int = 1, **how) -> Iterator[Batch]:
     """Every image once over all processes, in the order of the source, and not augmented; how: as for training."""
     mine = np.arange(rank, len(source), processes)
-    reads = [partial(source.batch, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    return _stream(source, reads, **how)
+    return _stream(source, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], **how)
 
 
 def fetch(source: Source, indices: np.ndarray, device: torch.device, *, problems: Problems = None) -> Batch:
     """The images at `indices`, in [0, 1], and their labels; augmented only if the source is."""
-    for batch in _stream(source, [partial(source.batch, indices)], device=device, problems=problems):
+    for batch in _stream(source, [indices], device=device, problems=problems):
         return batch
-    raise DataError(f"none of {len(indices)} images can be read: is the disk there?")
+    raise Unusable(f"none of {len(indices)} images can be read: is the disk there?")

@@ -46,7 +46,7 @@ import data
 import gradreg
 import models
 import runs
-from runs import Failure, Stop, World, read_checkpoint, refuse_if_running, replace, resolve
+from runs import Failure, Stop, World, read_checkpoint, refuse_if_running, replace
 
 # Images in a part, and numbers in these, at most: what memory may hold; on a CPU, for parts of a minute or so.
 BLOCK, VALUES, CPU_VALUES = 100, 25 * 3 * 224**2, 50_000
@@ -99,7 +99,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         """What is given several times counts once.  Raises Failure for options that mean nothing."""
-        data.check_split(self.dataset, self.split if any(models.is_file(str(t)) for t in self.targets) else 0)
         if 0 < self.blocks < 5:
             raise Failure(f"--blocks must be 0, or 5 or more, not {self.blocks}", 2)
         if self.suite == "paper" and self.budget:
@@ -206,10 +205,10 @@ def open_run(path: Path, settings: Settings) -> Target:
     config, network, options = state["config"], models.load(path), state["config"]["options"]
     how = {"classes": config.get("class_names"), "channels": config["channels"], "split": options.get("split", 0)}
     how["small"] = config.get("small", True)
-    source, classes = data.load_test(options["dataset"], settings.data_dir or data.stored_place(options), **how)
+    source, classes = data.load_test(options["dataset"], settings.data_dir or options.get("data_dir"), **how)
     trained = options["phases"][-1]["size"] if isinstance(source, data.Files) and "phases" in options else None
     images = options["dataset"], at_size(source, settings.size or trained), classes, settings
-    code = models.source_of(options["model"]) if models.is_file(options["model"]) else b""
+    code = models.source_of(options["model"])
     return Target(path.name, network, path / "evaluation", *images, config, state["step"], state.get("seconds"), code)
 
 
@@ -218,6 +217,9 @@ def open_factory(spec: str, settings: Settings) -> Target:
 
     Images of a folder are shown in colour, or in grey to a network that takes only these.  Raises Failure.
     """
+    if not models.is_file(spec):
+        why = "no checkpoint.pt in it, see train.py --resume" if Path(spec, "config.json").exists() else "no such run"
+        raise Failure(f"{spec}: {why}; a target is a run directory or FILE.py:FACTORY", 2)
     network, refused, name = None, [], models.name_of_spec(spec)
     for channels in (3, 1):
         source, classes = data.load_test(settings.dataset, settings.data_dir, channels=channels, split=settings.split)
@@ -236,16 +238,16 @@ def open_factory(spec: str, settings: Settings) -> Target:
 
 def open_targets(settings: Settings) -> list[Target]:
     """The targets, each once, with names that tell them apart.  Raises Failure."""
-    places, targets = {Path(spec).resolve(): (spec, resolve(Path(spec))) for spec in settings.targets}, []
-    for spec, path in places.values():
+    places, targets = {Path(spec).resolve(): spec for spec in settings.targets}, []
+    for path, spec in places.items():
         targets.append(open_run(path, settings) if (path / "checkpoint.pt").exists() else open_factory(spec, settings))
         alike = sum(target.name.partition("#")[0] == targets[-1].name for target in targets)
         targets[-1].name += f"#{alike}" * (alike > 1)
     if (settings.split or settings.dataset != Settings.dataset) and all(target.config for target in targets):
         raise Failure("--data and --split are for FILE.py:FACTORY; a run knows its own (moved: --data-dir)", 2)
-    sizes = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'held in memory')}" for t in targets]
-    if len({*sizes}) > 1:
-        raise Failure(f"different images cannot be compared: {'; '.join(sizes)}; one by one, or with one --size", 2)
+    shown = [f"{len(t.source):,} of {t.dataset}, {getattr(t.source, 'size', 'as held')}, top-{t.topk}" for t in targets]
+    if len({*shown}) > 1:
+        raise Failure(f"not the same images: {'; '.join(shown)}; compare with one --size and --topk, or not at all", 2)
     return targets
 
 
@@ -313,11 +315,11 @@ class Unit(NamedTuple):
 
 
 def units_of(target: Target, world: World) -> list[Unit]:
-    """Everything that has to be done for a target; the longest parts come first."""
+    """Everything that has to be done for a target."""
     settings, folder, units = target.settings, target.path / "parts" / digest_of(target, world), []
     each = {"sampling": target.drawn * (SAMPLED_RADII + 4), "ascent": 400, "audit": AUDIT}  # or a little less
     each |= dict.fromkeys(("calibration", "evaluation"), settings.budget + 35) | {"smoothing": settings.samples}
-    wanted = [(kind, norm, 0.0) for norm in settings.norm for kind in list(PARTS)[:-1]]
+    wanted = [(kind, norm, 0.0) for norm in settings.norm for kind in PARTS if kind != "smoothing"]
     for kind, norm, sigma in wanted + [("smoothing", "l2", sigma) for sigma in settings.smoothing]:
         size = max(1, min(target.block, target.block * LONG // each[kind]))
         for block, start in enumerate(range(0, len(target.rows[kind]), size)):
@@ -493,7 +495,7 @@ def work(units: list[Unit], world: World) -> None:
 
         for first in range(0, len(todo), world.size):
             done = sum(costs[:first])
-            for unit in todo[first : first + world.size][world.rank :][:1]:
+            for unit in todo[first + world.rank :][:1]:
                 unit.target.network.watch = watch
                 with contextlib.suppress(InterruptedError):  # the part is done again another time
                     np.savez(buffer := io.BytesIO(), **compute(unit, world))
@@ -599,7 +601,7 @@ def bounds_of(kind: str, parts: list[Arrays], evaluated: Arrays, norm: str, topk
         constants = bounds.estimate_by_sampling(*some, **how)
     else:  # the suprema are over images: the largest of the parts'
         omega, eps = torch.from_numpy(found["omega"]).amax(0), torch.from_numpy(usable[0]["eps"])
-        constants = bounds.Estimate("ascent", **how, lipschitz=found["lipschitz"].max(), eps=eps, omega=omega)
+        constants = bounds.Estimate(**how, lipschitz=found["lipschitz"].max(), eps=eps, omega=omega)
     margins = margins_in(evaluated)
     return bounds.lipschitz_bound(margins, constants), bounds.omega_bound(margins, constants), constants
 
@@ -609,27 +611,27 @@ def main(**options: Any) -> None:
     settings = Settings(**options)
     import report  # here, since it imports this module
 
-    with contextlib.closing(World(settings.device)) as world:
-        # One thread a process and full precision: neither the processes nor the batches change a result.
-        torch.set_num_threads(1 if world.device.type == "cpu" else torch.get_num_threads())
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
-        targets = open_targets(settings)
-        for target in targets:
-            prepare(target, world)
-        name = "_vs_".join(target.name for target in targets)
-        if len(name.encode()) > 200:  # more than 255 bytes no file may have
-            name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        together = settings.out / name if targets[1:] else targets[0].path
-        units = [units_of(target, world) for target in targets]
-        for path in dict.fromkeys([together, *(unit.file.parent for some in units for unit in some)]):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise Failure(f"{error.filename or path}: cannot write there ({error.strerror})", 2) from None
-        work([unit for some in units for unit in some], world)
-        if world.main:
-            report.publish(list(map(assemble, targets, units)), together, world)
+    world = World(settings.device)
+    # One thread a process and full precision: neither the processes nor the batches change a result.
+    torch.set_num_threads(1 if world.device.type == "cpu" else torch.get_num_threads())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    targets = open_targets(settings)
+    for target in targets:
+        prepare(target, world)
+    name = "_vs_".join(target.name for target in targets)
+    if len(name.encode()) > 200:  # more than 255 bytes no file may have
+        name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    together = settings.out / name if targets[1:] else targets[0].path
+    units = [units_of(target, world) for target in targets]
+    for path in dict.fromkeys([together, *(unit.file.parent for some in units for unit in some)]):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Failure(f"{error.filename or path}: cannot write there ({error.strerror})", 2) from None
+    work([unit for some in units for unit in some], world)
+    if world.main:
+        report.publish(list(map(assemble, targets, units)), together, world)
 
 
 main.__signature__, main.__doc__ = inspect.signature(Settings), Settings.__doc__

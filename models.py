@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from runs import Unusable, launched, read_checkpoint, resolve
+from runs import Unusable, launched, read_checkpoint
 
 CIFAR10_MEAN, CIFAR10_STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -218,7 +218,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Dictionaries around it (WRAPPINGS) are looked through.  Nothing in the file is executed: Unusable where it must be.
     """
-    path, advice = resolve(Path(path)), "torch.save(network.state_dict(), 'weights.pt')"
+    path, advice = Path(path).resolve(), "torch.save(network.state_dict(), 'weights.pt')"
     path = path / "checkpoint.pt" if path.is_dir() else path
     try:
         if path.suffix == ".safetensors":
@@ -321,7 +321,7 @@ def from_file(spec: str, *, classes: int, seed: int = 0) -> nn.Module:
     """
     file, factory = parts(spec)
     if not Path(file).is_file():
-        raise Unusable(f"{spec}: no such file (.py) or run; a target is a run directory or FILE.py:FACTORY")
+        raise Unusable(f"{spec}: no such file")
     place, dtype, argv = Neighbours(Path(file).resolve()), torch.get_default_dtype(), sys.argv
     sys.argv = [file]  # the file may parse its command line, which is not ours
     try:

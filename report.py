@@ -135,7 +135,7 @@ def as_csv(columns: Iterable[str], rows: list[Row]) -> bytes:
 COMMON = {"activation": "relu", "central": False, "unsquared": False, "recipe": "paper", "statistics": "batch"}
 COMMON |= {"lam_warmup": 0.0, "penalty_share": 1.0, "penalty_from": 0.0, "subset": None, "init": None, "size": None}
 RECIPES = {"cifar10": {"model": "resnext34-authors", "epochs": 200, "batch_size": 128, "lr": 0.1}}
-RECIPES |= {"imagenet": {"model": "resnet50", "epochs": 29}}
+RECIPES |= {"imagenet": {"model": "resnet50", "epochs": 29, "batch_size": 512, "lr": 0.25}}
 
 
 def paper_rows(number: str, dataset: str) -> dict[str, Row]:
@@ -168,7 +168,7 @@ def paper_model(options: dict[str, Any], dataset: str) -> str | None:
     attacked = f"{options.get('norm')} {options.get('attack_steps')}-step AT eps={255 * options.get('eps', 0):g}/255"
     names = {"none": "undefended", "at": attacked, "free": f"linf For Free AT m={options.get('replays')}"}
     kind = {"l2": "squared l2", "linf": "squared l1"}.get(options["norm"])
-    how = {"fd": " (FD)", "exact": " (DBP)"}.get(method, "?") if dataset == "cifar10" else ""
+    how = {"fd": " (FD)", "exact": " (DBP)"}.get(method, "?") if dataset == "cifar10" else "?" * (method != "fd")
     lam, h = options["lam"], options["h"]
     if dataset == "imagenet":  # where the paper's are behind the normalization
         lam, h = {0.0051: 0.1, 0.051: 1.0}.get(lam), 0.01 if h == 0.0023 else None

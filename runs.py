@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 HEARTBEAT = 2.0  # seconds between two updates of status.json
 DYING, RESTARTED = 5.0, 60.0  # seconds to wait for a run's lock: its process may be ending; after torchrun's restart
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the same one: a terminal and torchrun may both send it
+GONE = "another process of this job is gone; start the same command again, or resume the run"
 LOST = "closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "onnection refused", "onnectFull"
-resolve = Path.resolve  # of a run: `latest` is a link
 
 
 # --- errors, in one line ----------------------------------------------------------------------------------
@@ -57,12 +57,13 @@ def explain(error: BaseException) -> tuple[str, int | None]:
     """One line for an error, and the exit code; None, and any text, for an error that no user can cause."""
     text = one_line(getattr(error, "format_message", error.__str__)()) or type(error).__name__  # the former: typer's
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return "out of memory; try a smaller --batch-size", 1
+        return "out of memory; try a smaller --batch-size (train.py) or --size", 1
     gone = isinstance(error, RuntimeError | ConnectionError) and any(words in text for words in LOST)
     if gone or isinstance(error, dist.DistError):
-        return "another process of this job is gone; start the same command again, or resume the run", 1
+        return GONE, 1
     if isinstance(error, OSError):
-        return f"{error.filename or 'writing'}: {error.strerror or text}", 1
+        where = "MASTER_ADDR" if isinstance(error, socket.gaierror) else "writing"
+        return f"{error.filename or where}: {error.strerror or text}", 1
     if type(error).__name__ == "Abort":  # typer's, wherever its version keeps the class
         return "stopped", 130
     return text, getattr(error, "code" if isinstance(error, Failure) else "exit_code", None)
@@ -95,12 +96,28 @@ def run_command(command: Callable[..., None]) -> int:
         message, code = explain(error)
         if code is None:
             raise
-        if "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0" or message.startswith("out of memory"):
-            print(f"{Path(sys.argv[0]).name}: {message.replace('Value error, ', '')}", file=sys.stderr, flush=True)
+        tell(one_line(message.replace("Value error, ", "")))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         print(end="", flush=True)
         os._exit(code)  # all is written; threads of torch have been seen to abort while the interpreter ends
     return code
+
+
+def tell(message: str) -> None:
+    """Print the line of an error: the main process its own, another what the main one has not said soon after."""
+    rank = os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"
+    line = f"{Path(sys.argv[0]).name}: {f'process {rank}: ' * (rank != '0')}{message}"
+    if rank == "0":
+        print(line, file=sys.stderr, flush=True)
+    if World.store and message != GONE:  # before there is one all have the same error
+        with suppress(RuntimeError):  # it may be gone: but for torchrun the main process has it, which waits for others
+            World.store.add(message, int(rank == "0"))
+            time.sleep(0.5 if rank != "0" else "TORCHELASTIC_RUN_ID" not in os.environ)
+            if not World.store.add(message, 0):
+                print(line, file=sys.stderr, flush=True)
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -109,23 +126,26 @@ def run_command(command: Callable[..., None]) -> int:
 class World:
     """The processes of a run, which share values (`same`: the main one's), sums and maxima; this process's device."""
 
+    store: ClassVar[dist.Store | None] = None  # of several processes
+
     def __init__(self, device: str | None = None):
         self.rank, self.size = launched()
         self.main, job = self.rank == 0, os.environ.get("TORCHELASTIC_RUN_ID")
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.parent = os.getppid() if job else None  # torchrun
         self.launch = f"{job} {socket.gethostname()} {self.parent}" if job else None  # the same after its restarts
-        self.device = self._device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False, markup=False, emoji=False)
         if self.size > 1:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # without torchrun's store one would wait long
                 socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 60).close()
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.size))
-            store = dist.PrefixStore(new_prefix(store, self.rank, self.size), store)
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+            World.store = dist.PrefixStore(new_prefix(store, self.rank, self.size), store)
         elif "RANK" not in os.environ and (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
             self.console.print(f"warning: SLURM_NTASKS is {tasks} and this is no torchrun: each task works alone")
+        self.device = self._device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=World.store, rank=self.rank, world_size=self.size)
 
     def _device(self, name: str) -> torch.device:
         known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -156,10 +176,6 @@ class World:
         """Give every process the main one's running statistics: between two of them they differ."""
         for buffer in network.buffers() if self.size > 1 else ():
             dist.broadcast(buffer, 0)
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def launched() -> tuple[int, int]:

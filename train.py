@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from inspect import Parameter, Signature
@@ -173,7 +173,7 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}" if name != "dataset" else "DATASET"
 
 
 if __name__ == "__main__" and "--help" in sys.argv:
@@ -740,6 +740,7 @@ def describe(options: Options, images: data.Data, world: World) -> dict[str, Any
     norm = "linf" if options.norm == "linf" else "l2"
     radii = LINF_RADII[recipe_of(options.dataset, images)] if norm == "linf" else [0.25, 0.5, 1.0]
     plan = Plan(options, len(images.train), world.size)
+    set_precision(options)  # and the number of threads, which `provenance` tells
     config = {"format": FORMAT, "options": asdict(options), **runs.provenance(world)}
     config |= {"steps_per_epoch": plan.steps[0], "steps_total": plan.total, "channels": images.channels}
     config |= {"images_train": len(images.train), "images_test": len(images.test), "small": images.small}
@@ -828,11 +829,11 @@ def begin(given: dict[str, Any], *, root: Path, images: data.Data, world: World,
             config = describe(resolve(given, images, world), images, world)
         except models.Unusable:
             raise unusable from None
-    path = world.same(claim(root, name, config, world) if world.main else None)
+    path = world.same(claim(root, name, config, world, MAY_CHANGE | ({"amp"} - given.keys())) if world.main else None)
     return work(path, {key: given[key] for key in MAY_CHANGE & given.keys()}, world, images)
 
 
-def claim(root: Path, name: str | None, config: dict[str, Any], world: World) -> Path:
+def claim(root: Path, name: str | None, config: dict[str, Any], world: World, may_differ: Set[str]) -> Path:
     """A new run's directory, or that of the run this command began.  Raises Failure where anything else has `name`."""
     options = options_of(config)
     kind = NAMES.get(options.method, "-unsquared" * options.unsquared + "-{norm}-lam{lam:g}").format_map(vars(options))
@@ -841,7 +842,7 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
     again = [p for p in root.glob("*") if p.name.startswith(default) and config_at(p).get("launch") == config["launch"]]
     for path in [root / name] if name else again * bool(world.restarts):
         if old := config_at(path):
-            others = sorted(dict(vars(options_of(old)).items() ^ vars(options).items()).keys() - MAY_CHANGE - {"amp"})
+            others = sorted(dict(vars(options_of(old)).items() ^ vars(options).items()).keys() - may_differ)
             if not others:
                 world.console.print(f"{path} was begun with the same options: going on with it")
                 return path
@@ -854,9 +855,8 @@ def claim(root: Path, name: str | None, config: dict[str, Any], world: World) ->
 
 def load_images(options: dict[str, Any], channels: int = 3) -> data.Data:
     """The images of a run.  Raises Failure."""
-    dataset, split = options["dataset"], options.get("split", 0.0)
-    how = {"subset": options.get("subset"), "split": data.check_split(dataset, split), "channels": channels}
-    return data.load(dataset, options["data_dir"], **how)
+    how = {"subset": options.get("subset"), "split": options.get("split", 0.0), "channels": channels}
+    return data.load(options["dataset"], options["data_dir"], **how)
 
 
 def located(dataset: str, data_dir: str | Path | None) -> dict[str, str | None]:
@@ -871,8 +871,7 @@ def work(path: Path, changed: dict[str, Any], world: World, images: data.Data | 
         state, warning = runs.Checkpoints(path, world).load() if any(path.glob("checkpoint*.pt")) else (None, None)
         config = state["config"] if state else config_at(path)
         options = replace(options_of(config), **changed)
-        place = changed.get("data_dir") or data.stored_place(config["options"])
-        options = replace(options, **located(options.dataset, place))
+        options = replace(options, **located(options.dataset, options.data_dir))
         images = images or load_images(asdict(options), channels=config["channels"])
         now, then = [len(images.train), len(images.test)], [config["images_train"], config["images_test"]]
         others = sorted(set(images.classes) ^ set(config.get("class_names", images.classes)))
@@ -932,32 +931,32 @@ def main(**options: Any) -> None:
     if empty := [name for name, value in given.items() if value == ""]:  # of a shell's variable that is not set, say
         raise Failure(f"{flag(empty[0])} is empty: give it a value, or leave it out", 2)
     if "resume" in given and (extra := given.keys() - MAY_CHANGE - {"resume", "device"}):
-        flags = ", ".join(sorted("DATASET" if name == "dataset" else flag(name) for name in extra))
+        flags = ", ".join(sorted(map(flag, extra)))
         raise Failure(f"--resume takes the run's own options: leave out {flags}", 2)
     check_given(given)
     resume, device, name = (given.pop(key, None) for key in ("resume", "device", "name"))
     root, alone = Path(given.pop("runs", Command.runs)), "dataset" in given
     if name is not None:
         runs.check_name(name)
-    with contextlib.closing(World(device)) as world:
-        if resume:
-            path = runs.resolve(Path(resume))  # runs/latest may point elsewhere tomorrow
-            if not (list(path.glob("checkpoint*.pt")) or config_at(path)):
-                raise Failure(f"--resume {resume}: no such run", 2)
-            work(path, given, world)
-            return
-        if not alone and (name or given.get("method") in {"none", "noise"}):
-            raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
-        given |= {k: models.absolute(given[k]) for k in ("model", "init") if given.get(k) not in {None, *models.MODELS}}
-        run = runs.resolve(Path(given["init"])) if "init" in given else None
-        if run and (config := config_at(run)):  # it knows its network
-            given["init"] = str(run)  # runs/latest will be the new run
-            known = {key: config["options"][key] for key in ("model", "activation") if key in config["options"]}
-            for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
-                world.console.print(f"warning: {line}")
-            given = known | given
-        given |= located(given.get("dataset", "digits"), given.get("data_dir"))
-        (partial(begin, name=name) if alone else compare)(given, root=root, images=load_images(given), world=world)
+    world = World(device)
+    if resume:
+        path = Path(resume).resolve()  # runs/latest may point elsewhere tomorrow
+        if not (list(path.glob("checkpoint*.pt")) or config_at(path)):
+            raise Failure(f"--resume {resume}: no such run", 2)
+        work(path, given, world)
+        return
+    if not alone and (name or given.get("method") in {"none", "noise"}):
+        raise Failure("--name, --method none and noise are of one network: name its data set too, say digits", 2)
+    given |= {k: models.absolute(given[k]) for k in ("model", "init") if given.get(k) not in {None, *models.MODELS}}
+    run = Path(given["init"]).resolve() if "init" in given else None
+    if run and (config := config_at(run)):  # it knows its network
+        given["init"] = str(run)  # runs/latest will be the new run
+        known = {key: config["options"][key] for key in ("model", "activation") if key in config["options"]}
+        for line in models.changed_since(config, run) if "model" in known.keys() - given.keys() else ():
+            world.console.print(f"warning: {line}")
+        given = known | given
+    given |= located(given.get("dataset", "digits"), given.get("data_dir"))
+    (partial(begin, name=name) if alone else compare)(given, root=root, images=load_images(given), world=world)
 
 
 if __name__ == "__main__":

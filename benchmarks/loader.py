@@ -126,7 +126,7 @@ def main(
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     source = data.load(str(data_dir), subset=images)
     if source.small:
-        raise data.DataError(f"{data_dir}: its images are held in memory; this measures files of large ones")
+        raise data.Unusable(f"{data_dir}: its images are held in memory; this measures files of large ones")
     indices = np.arange(len(source.train))
     print(f"{len(indices)} training images of {data_dir} ({sizes_of(source.train, indices)}), {repeats} turns,")
     print(f"seed {seed}, random crops of {MIN_SCALE:.0%} to 100 % of the area. {processor()}, {os.cpu_count()} cores,")

@@ -84,7 +84,7 @@ def opened(target: str, data_dir: Path | None, folder: str, pixels: int) -> tupl
         source, classes = data.load_test(folder, data_dir)
         return models.from_file(target, classes=len(classes)).eval(), source.at(pixels)
     options = runs.read_checkpoint(Path(target) / "checkpoint.pt")["config"]["options"]
-    return models.load(target).train(), data.load(options["dataset"], data_dir or data.stored_place(options)).train
+    return models.load(target).train(), data.load(options["dataset"], data_dir or options["data_dir"]).train
 
 
 def look(

@@ -8,6 +8,7 @@ import struct
 import tempfile
 import threading
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -312,17 +313,54 @@ def test_torchvisions_layout(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [list(p[:2]) for p in parts])
     monkeypatch.setattr(CIFAR10, "test_list", [list(test_part[:2])])
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
-    loaded = data.load("cifar10", tmp_path)
+    with monkeypatch.context() as patched:  # where all is there nothing is written: the disk may be read-only
+        for name in ("mkdir", "unlink", "touch"):
+            patched.setattr(data.Path, name, None)
+        loaded = data.load("cifar10", tmp_path)
     assert (len(loaded.train), len(loaded.test), loaded.classes) == (20, 4, ["a", "b", "c"])
     assert torch.equal(loaded.test.images.flatten(1), torch.from_numpy(test_part[2]))
     source, classes = data.load_test("cifar10", tmp_path, classes=["c", "x", "b", "a"])
     assert (source.labels.tolist(), classes) == ([3, 2, 0, 2], ["c", "x", "b", "a"])
-    with pytest.raises(data.DataError, match="cifar10/c: no training images for this class; the classes are a, b"):
+    with pytest.raises(data.Unusable, match="cifar10/c: no training images for this class; the classes are a, b"):
         data.load_test("cifar10", tmp_path, classes=["a", "b"])
     (base / "data_batch_3").write_bytes(b"broken")
-    with pytest.raises(data.DataError, match="no usable CIFAR-10") as error:
+    with pytest.raises(data.Unusable, match="no usable CIFAR-10") as error:
         data.load("cifar10", tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_cifar10_is_downloaded_once_and_not_read_before_it_is_there(tmp_path, monkeypatch):
+    """By several processes (here threads) that begin at once; the files come one after the other."""
+    import torchvision
+
+    downloads = []
+
+    class Slow:
+        base_folder, classes = "batches", ["a", "b"]
+
+        def __init__(self, root, train, download=False):
+            if download and not (root / "batches").is_dir():
+                downloads.append(root)
+                (root / "batches").mkdir()
+                for name in "12":
+                    time.sleep(0.3)
+                    (root / "batches" / name).touch()
+            if not all((root / "batches" / name).exists() for name in "12"):
+                raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+            self.data, self.targets = np.zeros((3, 32, 32, 3), np.uint8), [0, 1, 0]
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Slow)
+
+    def loaded(wait):
+        time.sleep(wait)
+        return len(data.load("cifar10", tmp_path / "new").train)
+
+    with ThreadPool(3) as pool:
+        assert pool.map(loaded, [0, 0.1, 0.4], chunksize=1) == [3, 3, 3]
+    assert len(downloads) == 1
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["batches"]
+    with pytest.raises(data.Unusable, match="--split is for folders of images; cifar10 has a test part"):
+        data.load("cifar10", tmp_path / "new", split=0.2)
 
 
 # --- test images of several sizes -------------------------------------------------------------------------
@@ -508,7 +546,7 @@ def test_a_run_of_unreadable_images_has_a_limit(tmp_path, monkeypatch):
     assert len(batches(source, batch_size=12, problems=problems)[0][1]) == 12
     assert len(problems) == 1 + 2 + 3
     monkeypatch.setattr(data, "TRIES", 3)
-    with pytest.raises(data.DataError, match=r"cat/3\.jpg: not a readable .* nor is any of the 2 images after it"):
+    with pytest.raises(data.Unusable, match=r"cat/3\.jpg: not a readable .* nor is any of the 2 images after it"):
         batches(source, batch_size=12, problems=[])
 
 
@@ -523,9 +561,9 @@ def test_a_message_comes_before_its_batch(tmp_path):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_without_a_list_an_unreadable_image_raises(tmp_path, damage):
     loaded = damaged(tmp_path, [5], damage)
-    with pytest.raises(data.DataError, match=r"cat/5\.jpg: not a readable image"):
+    with pytest.raises(data.Unusable, match=r"cat/5\.jpg: not a readable image"):
         list(data.evaluation_batches(loaded.test, batch_size=4, device=CPU))
-    with pytest.raises(data.DataError, match=r"cat/5\.jpg: not a readable image"):
+    with pytest.raises(data.Unusable, match=r"cat/5\.jpg: not a readable image"):
         batches(loaded.train, batch_size=12)
 
 
@@ -533,13 +571,13 @@ def test_without_a_list_an_unreadable_image_raises(tmp_path, damage):
 def test_a_lost_disk_is_an_error(tmp_path, workers):
     loaded = damaged(tmp_path, [])
     shutil.rmtree(tmp_path)
-    with pytest.raises(data.DataError, match="nor is any of the 11 images after it") as error:
+    with pytest.raises(data.Unusable, match="nor is any of the 11 images after it") as error:
         batches(loaded.train, batch_size=4, workers=workers, problems=[])
     assert "\n" not in str(error.value)
     problems = []
     assert list(data.evaluation_batches(loaded.test, batch_size=4, device=CPU, problems=problems)) == []
     assert len(problems) == 12
-    with pytest.raises(data.DataError, match="none of 3 images can be read"):
+    with pytest.raises(data.Unusable, match="none of 3 images can be read"):
         data.fetch(loaded.test, np.arange(3), CPU, problems=problems)
 
 
@@ -571,7 +609,7 @@ def test_labels_of_test_images_are_those_of_training_where_that_is_there(tmp_pat
     root = write_images(tmp_path)
     shutil.rmtree(root / "test/cat")
     (root / "test/eel").mkdir()
-    with pytest.raises(data.DataError, match="test/eel: no training images"):
+    with pytest.raises(data.Unusable, match="test/eel: no training images"):
         data.load_test(str(root))
     (root / "test/eel").rename(root / "test/cat")
     assert set(data.load_test(str(root))[0].labels.tolist()) == {1}
@@ -579,7 +617,7 @@ def test_labels_of_test_images_are_those_of_training_where_that_is_there(tmp_pat
 
 def test_test_images_of_digits_and_of_nothing(tmp_path):
     assert torch.equal(data.load_test("digits", tmp_path)[0].images, data.load("digits").test.images)
-    with pytest.raises(data.DataError, match="unknown data set"):
+    with pytest.raises(data.Unusable, match="unknown data set"):
         data.load_test("mnist")
 
 
@@ -601,7 +639,7 @@ def test_the_users_word_names_the_place_and_names_are_names(tmp_path, monkeypatc
     assert where("imagenet", tmp_path / "other/ds") == where("ds", "other/ds") == "other-ds"
     assert where("ds") == where("./ds") == where(str(tmp_path / "ds")) == "ds"
     assert where("./imagenet") == "imagenet"
-    with pytest.raises(data.DataError, match=r"absent: no such folder"):
+    with pytest.raises(data.Unusable, match=r"absent: no such folder"):
         data.load("ds", "absent")
 
 
@@ -618,24 +656,9 @@ def test_the_users_word_names_the_place_and_names_are_names(tmp_path, monkeypatc
 def test_absent_data_is_told_as_what_it_is(tmp_path, monkeypatch, name, data_dir, message):
     monkeypatch.chdir(tmp_path)
     for load in (data.load, data.load_test):
-        with pytest.raises(data.DataError, match=message) as error:
+        with pytest.raises(data.Unusable, match=message) as error:
             load(name, data_dir)
         assert "\n" not in str(error.value)
-
-
-def test_the_place_of_a_run_is_the_one_it_was_trained_on(tmp_path, monkeypatch):
-    write_images(tmp_path / "here/ds", 1, (8, 8))
-    monkeypatch.chdir(tmp_path)
-    here, absolute = str(tmp_path / "here/data"), str(tmp_path / "here/ds")
-    for options, place in (
-        ({"dataset": "digits", "data_dir": None}, None),
-        ({"dataset": "imagenet"}, None),
-        ({"dataset": "imagenet", "data_dir": "/where/it/is"}, "/where/it/is"),
-        ({"dataset": absolute, "data_dir": None}, absolute),
-        ({"dataset": absolute, "data_dir": here}, absolute),
-        ({"dataset": "gone", "data_dir": here}, "gone"),
-    ):
-        assert data.stored_place(options) == (place and Path(place))
 
 
 def test_labels_follow_the_names_that_a_network_knows(tmp_path):
@@ -644,7 +667,7 @@ def test_labels_follow_the_names_that_a_network_knows(tmp_path):
     assert (classes, source.labels.tolist()) == (["ape", "dog", "cat"], [2, 2, 1, 1])
     shutil.rmtree(root / "test/cat")
     assert data.load_test(str(root), classes=["ape", "dog", "cat"])[0].labels.tolist() == [1, 1]
-    with pytest.raises(data.DataError, match=r"test/dog: no training images for this class; the classes are ape, cat"):
+    with pytest.raises(data.Unusable, match=r"test/dog: no training images for this class; the classes are ape, cat"):
         data.load_test(str(root), classes=["ape", "cat"])
     digits = data.load("digits").test
     source, _ = data.load_test("digits", classes=[str(9 - i) for i in range(10)])
@@ -719,7 +742,7 @@ def test_any_tree_of_files_is_read_with_its_own_labels_or_refused_in_one_line(tr
         (classes, images), (test_classes, test_images) = walked(root / "train"), walked(root / held_out)
         good = len(classes) > 1 and images and test_images and set(test_classes) <= set(classes)
         if not good:
-            with pytest.raises(data.DataError) as error:
+            with pytest.raises(data.Unusable) as error:
                 data.load(directory)
             assert len(str(error.value).encode().splitlines()) == 1
             return
@@ -761,11 +784,11 @@ def test_a_share_kept_for_testing_is_a_fixed_function_of_the_names(tmp_path, siz
     for path in list(root.glob("train/*/?.png")):
         path.unlink()
     assert names(0.2) == {name for name in some if len(Path(name).name) > 5}
-    for split in (1e-9, 1.0):
-        with pytest.raises(data.DataError, match=r"train: --split .* leaves no image for t"):
+    for split, says in ((1e-9, r"train: --split .* leaves no image for t"), (1.0, "must be a share from 0 to less")):
+        with pytest.raises(data.Unusable, match=says):
             data.load(str(root), split=split)
     (root / "val/cat").mkdir(parents=True)
-    with pytest.raises(data.DataError, match=r"val: is there.* leave out --split"):
+    with pytest.raises(data.Unusable, match=r"val: is there.* leave out --split"):
         data.load(str(root), split=0.2)
 
 
@@ -861,7 +884,7 @@ def test_pixels_without_a_defined_range_are_refused_in_one_line(tmp_path, kind):
     write_images(tmp_path, 1, (8, 8))
     REFUSED[kind](tmp_path / "test/cat/0.tif")
     with pytest.raises(
-        data.DataError, match=r"test/cat/0\.tif: not a readable image \(the numbers .* store 8 or 16"
+        data.Unusable, match=r"test/cat/0\.tif: not a readable image \(the numbers .* store 8 or 16"
     ) as error:
         data.load(str(tmp_path))
     assert "\n" not in str(error.value)
@@ -930,7 +953,7 @@ REFUSED_FOLDERS = {
 def test_damaged_folders_are_refused(tmp_path, case):
     damage, message = REFUSED_FOLDERS[case]
     damage(write_images(tmp_path, 4))
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(data.Unusable, match=message) as error:
         data.load(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -956,6 +979,6 @@ def test_small_images_of_several_sizes_are_decoded_on_demand(tmp_path, name, siz
 def test_a_broken_large_image_is_named_from_any_thread(tmp_path, workers):
     (write_images(tmp_path, size=(100, 80)) / "train/dog/3.png").write_bytes(b"\x89PNG but not really")
     loaded = data.load(str(tmp_path))
-    with pytest.raises(data.DataError, match=r"train/dog/3\.png: not a readable image") as error:
+    with pytest.raises(data.Unusable, match=r"train/dog/3\.png: not a readable image") as error:
         batches(loaded.train, batch_size=12, workers=workers)
     assert "\n" not in str(error.value)

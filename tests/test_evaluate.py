@@ -892,7 +892,7 @@ def test_networks_that_see_different_images_are_not_compared(here, trained, tmp_
     spec = f"{here}/theirs.py:linear"
     assert command(monkeypatch, trained, spec, "--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
     said = capsys.readouterr().err.strip()
-    assert re.search("different images cannot be compared: 797 of digits, .*; 10 of photos, .*; one by one", said)
+    assert re.search("not the same images: 797 of digits, .*; 10 of photos, .*; compare with one", said)
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
 
@@ -997,7 +997,7 @@ def test_a_run_is_measured_on_the_users_folder_and_labels_follow_the_names_of_it
     for root in (tmp_path / "digits", tmp_path / "set"):
         folder(root, {"0": 10, "1": 200})
     theirs = folder(tmp_path / "other", {"7": 30, "3": 220})
-    run = changed(trained, "folder", dataset="set", data_dir=str(tmp_path))
+    run = changed(trained, "folder", dataset=str(tmp_path / "set"), data_dir=None)
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     state["config"]["class_names"] = [str(i) for i in range(10)]
     torch.save(state, run / "checkpoint.pt")
@@ -1012,13 +1012,37 @@ def test_a_run_is_measured_on_the_users_folder_and_labels_follow_the_names_of_it
         evaluate.open_run(run, settings(data_dir=theirs))
 
 
+def test_top_5_of_one_is_not_compared_with_top_1_of_another(here, trained, tmp_path, monkeypatch, capsys):
+    """A run of ImageNet counts the top 5, anybody's network the top 1, be it on the same folder."""
+    for i in range(10):
+        (tmp_path / "imagenet/val" / str(i)).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 9 * i, np.uint8)).save(tmp_path / "imagenet/val" / str(i) / "a.png")
+    run = shutil.copytree(trained, tmp_path / "run")
+    state = torch.load(run / "checkpoint.pt")
+    state["config"]["options"] |= {"dataset": "imagenet", "data_dir": str(tmp_path / "imagenet")}
+    torch.save(state, run / "checkpoint.pt")
+    spec, few = f"{here}/theirs.py:linear", ["--images", 4, "--calibration", 0, "--out", tmp_path / "out"]
+    assert command(monkeypatch, run, spec, "--data", tmp_path / "imagenet", *few) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search("not the same images: 10 of imagenet, .*, top-5; 10 of imagenet, .*, top-1; compare with", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_its_newest_checkpoint_is_told_as_one(trained, tmp_path, monkeypatch, capsys):
+    """Killed between two renames: only the one before is there."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "checkpoint.pt").rename(run / "checkpoint.previous.pt")
+    assert command(monkeypatch, run, "--out", tmp_path / "out") == 2
+    assert f"{run}: no checkpoint.pt in it, see train.py --resume" in capsys.readouterr().err
+
+
 # --- what it refuses --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("nowhere", "no such file"),
+        ("nowhere", "no such run; a target is a run directory"),
         ("nowhere.py:build", "no such file"),
         ("{here}/theirs.py:missing", "missing"),
         ("{here}/theirs.py:broken", "no weights here"),

@@ -216,6 +216,29 @@ class Agent:
         return [line for line in self.output.splitlines() if line.startswith("train.py: ")]
 
 
+@linux
+def test_what_is_wrong_is_told_once_by_a_process_that_knows_it(tmp_path, monkeypatch):
+    """By the main one where all know it, before torchrun ends it for another's exit."""
+
+    def told(name, size):
+        with Agent(tmp_path / name, "digits", "--batch-size", size, "--runs", tmp_path) as job:
+            faults.wait_until(lambda: job.ended() is not None, what=job.output)
+        return job.lines()
+
+    (line,) = told("shared", 51)
+    assert line.startswith("train.py: --batch-size: 51 images a step")
+
+    def load(*_, real=data.load, **options):
+        if os.environ["RANK"] == "1":
+            raise data.Unusable("no such disk")
+        return real(*_, **options)
+
+    monkeypatch.setattr(data, "load", load)
+    first, *others = told("own", 50)
+    assert first == "train.py: process 1: no such disk"
+    assert others in ([], [f"train.py: {runs.GONE}"])
+
+
 # --- a job of torchrun, and what may befall it ------------------------------------------------------------
 
 

@@ -86,6 +86,7 @@ def files(folder):
         (RuntimeError("alloc_cpu.cpp:1: DefaultCPUAllocator: can't allocate memory"), "--batch-size", 1),
         (MemoryError(), "out of memory", 1),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device", 1),
+        (socket.gaierror(-2, "Name or service not known"), "MASTER_ADDR: Name or service not known", 1),
         (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device", 1),
         (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "another process of this job is gone", 1),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]"), "another process of this job is gone", 1),
@@ -229,19 +230,31 @@ def test_tasks_of_slurm_without_torchrun_are_told(monkeypatch, capsys):
 
 def test_other_processes_are_silent_but_about_what_they_alone_know(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    for name, value in {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}.items():
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: None)
+    for name, value in {"WORLD_SIZE": "1", "MASTER_ADDR": "x"}.items():
         monkeypatch.setenv(name, value)
 
-    def ending(error):
+    def ending(rank, error):
         def main() -> None:
             raise error
 
+        monkeypatch.setenv("RANK", str(rank))
         return runs.run_command(main), capsys.readouterr().err
 
-    assert ending(runs.Unusable("no such file")) == (2, "")
-    code, said = ending(torch.OutOfMemoryError("CUDA"))
+    everyones, own, gone = runs.Unusable("no such file"), runs.Unusable("no disk"), torch.distributed.DistError("x")
+    assert ending(0, everyones) == (2, "train.py: no such file\n")  # of the command line: there is no store yet
+    assert ending(1, everyones) == (2, "")
+    monkeypatch.setattr(runs.World, "store", torch.distributed.HashStore())
+    assert ending(1, own) == (2, "train.py: process 1: no disk\n")
+    assert ending(0, gone) == (1, f"train.py: {runs.GONE}\n")
+    assert ending(2, gone) == (1, "")
+    assert ending(0, everyones) == (2, "train.py: no such file\n")
+    assert ending(1, everyones) == (2, "")
+    unreadable = OSError(errno.ENOENT, os.strerror(errno.ENOENT), b"/nowhere-\xff".decode(errors="surrogateescape"))
+    assert ending(1, unreadable)[0] == 1
+    code, said = ending(1, torch.OutOfMemoryError("CUDA"))
     assert code == 1
-    assert "out of memory" in said
+    assert said.startswith("train.py: process 1: out of memory")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "meta", "mps", "cpu:x", "cuda:1000"])
@@ -465,7 +478,7 @@ def test_latest_is_a_link(tmp_path, world):
     for name in "ab":
         assert begun(tmp_path / name, world) == []
         assert os.readlink(tmp_path / "latest") == name
-        assert runs.resolve(tmp_path / "latest") == (tmp_path / name).resolve()
+        assert (tmp_path / "latest").resolve() == (tmp_path / name).resolve()
     assert files(tmp_path) == ["a", "b", "latest"]
 
 
@@ -489,14 +502,6 @@ def test_a_folder_called_latest_is_left_alone(tmp_path, world):
     assert files(tmp_path / "latest") == before
     assert files(tmp_path) == ["a", "latest"]
     assert files(tmp_path / "a") == ["metrics.jsonl"]
-
-
-def test_anything_else_is_resolved_as_it_is(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "link").symlink_to("run")
-    (tmp_path / "file").write_text("run")
-    for name, target in (("link", "run"), ("run", "run"), ("file", "file"), ("none", "none")):
-        assert runs.resolve(tmp_path / name) == (tmp_path / target).resolve()
 
 
 # --- the log and the status -------------------------------------------------------------------------------

@@ -429,10 +429,11 @@ def process(rank, size, folder):
     """One process of a job: every case, its weights written to a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    with contextlib.closing(runs.World("cpu")) as world:
-        found = all_cases(folder, world) | canaries(folder, world)
-        found |= {f"masks {method}": masks_of(folder, world, method) for method in ("fd",)}
-        torch.save(found, folder / f"{size}-{rank}.pt")
+    world = runs.World("cpu")
+    found = all_cases(folder, world) | canaries(folder, world)
+    found |= {f"masks {method}": masks_of(folder, world, method) for method in ("fd",)}
+    torch.save(found, folder / f"{size}-{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -630,6 +631,13 @@ def test_the_rows_of_the_tables_are_the_papers():
         options = train.resolve({"dataset": "cifar10"} | given_, images, runs.World("cpu"))
         known = report.paper_model(asdict(options), "cifar10")
         assert {name for table, name in row.paper.items() if table not in (4, 5)} <= {known}
+    imagenet = asdict(train.RECIPES["imagenet"])
+    known = {report.paper_model(imagenet | other, "imagenet") for other in ({"lam": 0.051}, {"method": "none"}, {})}
+    assert (
+        known == {"squared l2 lambda=1", "undefended", "squared l2 lambda=0.1"} <= {*report.paper_rows("2", "imagenet")}
+    )
+    for other in ({"lr": 10.0}, {"batch_size": 8}, {"method": "exact"}, {"epochs": 1}):
+        assert report.paper_model(imagenet | other, "imagenet") not in report.paper_rows("2", "imagenet")
     for table in (1, 2, 3, 4, 6):
         assert {row.paper[table] for row in rows if table in row.paper} == set(tables.papers(table))
     for table in range(1, 7):  # every column is one of the paper's

@@ -336,7 +336,7 @@ def test_what_is_no_spec_is_refused_in_one_line(tmp_path):
     assert "SyntaxError" in refused(f"{tmp_path}/bad.py:net")
     assert "no 'None'" not in refused(f"{tmp_path}/net.py:")
     for spec in (f"{tmp_path}/nowhere.py:net", "nowhere", f"{tmp_path}/weights.pt:net"):
-        assert "no such file (.py) or run" in refused(spec)
+        assert "no such file" in refused(spec)
 
 
 def test_ctrl_c_stays_ctrl_c(tmp_path):

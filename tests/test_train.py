@@ -647,6 +647,19 @@ def test_a_wrong_option_is_one_line_and_leaves_nothing(monkeypatch, tmp_path, ca
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_tells_the_threads_that_it_has(monkeypatch, tmp_path):
+    """The cnn has one, whatever torch had before."""
+    monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        small = ["digits", "--subset", 20, "--batch-size", 10, "--epochs", 1, "--runs", tmp_path]
+        assert command(monkeypatch, *small, "--name", "a", "--method", "none") == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "a/config.json").read_text())["device"].endswith("1 threads")
+
+
 def test_the_largest_seed_is_one(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "evaluate", lambda trainer: FINE)
     small = ["digits", "--subset", 20, "--batch-size", 10, "--epochs", 1, "--runs", tmp_path]
@@ -655,7 +668,7 @@ def test_the_largest_seed_is_one(monkeypatch, tmp_path):
 
 def test_a_name_that_other_options_have_taken_is_refused_and_untouched(monkeypatch, whole, capsys):
     before = {file: file.stat().st_mtime_ns for file in whole.iterdir()}
-    for other in (["--lam", 2], ["--epochs", 3], ["--method", "none"]):
+    for other in (["--lam", 2], ["--epochs", 3], ["--method", "none"], ["--amp"]):
         assert command(monkeypatch, *SMALL, *other, "--runs", whole.parent, "--name", "whole") == 2
         assert re.search(r"exists, with other options \(.*\); choose another name", one_line(capsys))
     (whole.parent / "mine").mkdir(exist_ok=True)
