@@ -730,6 +730,62 @@ def test_a_slightly_random_network_gets_distances_at_which_it_errs_reliably(norm
         attacks.check_model(Noisy(network, 0.1).eval(), images, labels)
 
 
+class Swinging(nn.Module):
+    """Logits (scale (1/2 - x_0) + swing, 0), and at the next call minus swing."""
+
+    def __init__(self, swing, scale=1.0):
+        super().__init__()
+        self.swing, self.scale = swing, scale
+
+    def forward(self, x):
+        self.swing = -self.swing
+        own = self.scale * (0.5 - x[:, 0]) + self.swing
+        return torch.stack([own, torch.zeros_like(own)], 1)
+
+
+@pytest.mark.parametrize(
+    ("swings", "least", "most"), [(7.1, 0, 0), (6.9, 0, 2**-13), (2.9, 0.1 / 43, 0.1 / 43 + 2**-8)]
+)
+def test_to_hold_is_to_err_by_thrice_what_the_margins_differ_by_and_further_out_by_more_than_that(swings, least, most):
+    """They differ by two swings: it holds from 7 beyond the boundary on; what does not is moved, beyond 3 at least."""
+    images, labels, swing = torch.tensor([[0.1, 0.5]]), torch.zeros(1, dtype=torch.int64), 0.01
+    start = torch.tensor([[0.5 + swings * swing, 0.5]])
+    best = attacks._Best(Swinging(swing).eval(), images, labels, "l2", 1, start)
+    best.settle()
+    moved = best.distances.item() / (start - images).double().norm().item() - 1
+    assert least - 1e-6 <= moved <= most + 1e-6
+    assert (moved > 1e-6) == (swings < 7)
+
+
+def test_margins_may_differ_by_a_twentieth_of_their_median():
+    images, labels = torch.full((5, 2), 0.4), torch.zeros(5, dtype=torch.int64)
+    attacks.check_model(Swinging(0.024, scale=10).eval(), images, labels)
+    with pytest.raises(ValueError, match="the model is random"):
+        attacks.check_model(Swinging(0.027, scale=10).eval(), images, labels)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_logbarrier_keeps_a_half_to_a_thousandth_of_its_distance_from_the_boundary(norm, steps):
+    """On a linear classifier, from d far on the line to `start`: each step goes to exact + mu d."""
+    model = linear(seeded(0), 2, 30, torch.float64)
+    images = torch.full((1, 30), 0.5, dtype=torch.float64)
+    labels, gap = model(images).argmax(1), model(images).diff(dim=1).abs().item()
+    grad = (model.weight[1] - model.weight[0]) * (1 if labels == 0 else -1)
+    aside = torch.randn(30, generator=seeded(1), dtype=torch.float64)
+    way = gradreg.steepest(grad[None], norm) + 4 * gradreg.steepest(
+        (aside - (aside @ grad) / (grad @ grad) * grad)[None], norm
+    )
+    start = images + 1.02 * gap / (way @ grad) * way
+    assert ((start > 0) & (start < 1)).all()
+    exact = closed_form(model, images, labels, norm)
+    expected, mus = attacks.distance(images, start, norm) / 1.02, 0.5 * 0.002 ** (np.arange(steps) / max(1, steps - 1))
+    for mu in mus:
+        expected = exact + mu * expected
+    found = attacks.logbarrier(model, images, labels, norm=norm, start=start, steps=steps)
+    assert attacks.distance(images, found, norm).item() == pytest.approx(expected.item(), rel=3e-3)
+
+
 class Rounding(nn.Module):
     """Its logits are a little off in every batch of another size, by more than the attacks allow for."""
 
