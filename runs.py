@@ -113,7 +113,7 @@ def tell(message: str) -> None:
     if rank == "0":
         print(line, file=sys.stderr, flush=True)
     if World.store and message != GONE:  # before there is one all have the same error
-        with suppress(RuntimeError):  # it may be gone: but for torchrun the main process has it, which waits for others
+        with suppress(RuntimeError):  # it may be gone: without torchrun the main process has it, and so waits a second
             World.store.add(message, int(rank == "0"))
             time.sleep(0.5 if rank != "0" else "TORCHELASTIC_RUN_ID" not in os.environ)
             if not World.store.add(message, 0):
